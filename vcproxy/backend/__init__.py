@@ -1,0 +1,1 @@
+"""The backend SDK: what a backend must do, and how it is found."""

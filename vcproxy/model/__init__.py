@@ -1,0 +1,1 @@
+"""The data that every stage speaks: plain, frozen, packed; no I/O, no clock, imports nothing above itself."""

@@ -1,0 +1,17 @@
+"""What a node is told about itself."""
+
+import msgspec
+
+from vcproxy.model.addresses import Prefix
+
+
+class NodeFacts(msgspec.Struct, frozen=True):
+    """Facts of one node of the super cluster: full state.
+
+    `zone`: its topology.kubernetes.io/zone label, "" for none. `addresses`: of the Node object, 4 or 16 octets each,
+    sorted. `pod_ranges`: spec.podCIDRs of the node.
+    """
+
+    zone: str = ""
+    addresses: tuple[bytes, ...] = ()
+    pod_ranges: tuple[Prefix, ...] = ()

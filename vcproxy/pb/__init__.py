@@ -1,0 +1,1 @@
+"""Generated from protos/ by `make protos`, and the conversion between its messages and the model."""
