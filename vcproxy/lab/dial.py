@@ -1,0 +1,249 @@
+"""Clients: dial from any place of the lab and say what happened, as data.
+
+`tcp_request` and `udp_request` return an outcome and never raise for what a network does: that a tenant is refused is a
+result that tests compare and the demo prints. `TcpSession` is a connection to hold on to. Sockets are made in the
+place's namespace and used from here; no process is started, and calls may run in threads side by side.
+
+Connections end with a reset (SO_LINGER 0), so no TIME_WAIT keeps a source port: the next call may take the same port at
+once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+from vcproxy.lab import netns
+
+_RECVERR = {
+    socket.AF_INET: (socket.IPPROTO_IP, 11),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 25),
+}  # <linux/in.h>, <linux/in6.h>
+
+Address = tuple[str, int]
+"""IP address and port."""
+
+
+class Place(Protocol):
+    """Where one can dial from: a pod, a node, a client."""
+
+    @property
+    def ns(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """Somebody answered."""
+
+    pod: str
+    """Who: the name it was served under."""
+    peer: Address
+    """The client as the server saw it, behind all translation."""
+    local: Address
+    """The server's own address, which the dialled one was translated to."""
+    source: Address
+    """The client's address as the client has it."""
+    seconds: float
+    """From the first packet to the answer."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A TCP reset or an ICMP "port unreachable": nobody serves there, or a Service has no endpoint."""
+
+
+@dataclass(frozen=True)
+class TimedOut:
+    """Nothing came back: dropped on the way there or on the way back."""
+
+
+@dataclass(frozen=True)
+class Unreachable:
+    """The network said so: no route, an ICMP "host unreachable", a local rule."""
+
+    error: str
+    """The errno's name: EHOSTUNREACH, ENETUNREACH, EACCES or EPERM."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A connection that was made, and then ended before the answer."""
+
+
+Failure = Refused | TimedOut | Unreachable | Broken
+Outcome = Reply | Failure
+
+
+class DialFailed(Exception):
+    """A `TcpSession` could not be made, or broke; `outcome` says how."""
+
+    def __init__(self, dst: Address, outcome: Failure) -> None:
+        super().__init__(f"{dst[0]} port {dst[1]}: {outcome}")
+        self.outcome = outcome
+
+
+class TcpSession:
+    """A TCP connection to one of the lab's servers, open until closed. `reply` is what the server said on connect.
+
+    `source_port` binds the client's port, so that two tenants can hold the same five-tuple at the same time. `device`
+    sends through that device of a node (SO_BINDTODEVICE), as a probe of the host into a tenant's network does.
+    `timeout` is for connecting and for each exchange, in seconds. Raises `DialFailed`.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        dst: str,
+        port: int,
+        *,
+        timeout: float = 2.0,
+        source_port: int = 0,
+        device: str | None = None,
+    ) -> None:
+        self._dst = (dst, port)
+        self._unread = b""
+        self._sock = _socket(place, socket.SOCK_STREAM, dst, source_port=source_port, device=device, timeout=timeout)
+        started = time.perf_counter()
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                _connect(self._sock, self._dst, timeout)
+            except OSError as error:
+                raise DialFailed(self._dst, _failure(error)) from error
+            self.reply = _reply(self._receive(), self._sock, started)
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def ask(self, line: str) -> str:
+        """Send one line (without its end), return the server's line: "NAME line". Raises `DialFailed` if the connection
+        does not carry it.
+        """
+        try:
+            self._sock.sendall(line.encode() + b"\n")
+        except OSError as error:
+            raise DialFailed(self._dst, _failure(error)) from error
+        return self._receive().decode()
+
+    def close(self) -> None:
+        """Reset the connection."""
+        self._sock.close()
+
+    def __enter__(self) -> TcpSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _receive(self) -> bytes:
+        while b"\n" not in self._unread:
+            try:
+                data = self._sock.recv(65536)
+            except OSError as error:
+                raise DialFailed(self._dst, _failure(error)) from error
+            if not data:
+                raise DialFailed(self._dst, Broken())
+            self._unread += data
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+
+def tcp_request(
+    place: Place, dst: str, port: int, *, timeout: float = 2.0, source_port: int = 0, device: str | None = None
+) -> Outcome:
+    """Connect, read who answers, reset. Parameters as in `TcpSession`."""
+    try:
+        with TcpSession(place, dst, port, timeout=timeout, source_port=source_port, device=device) as session:
+            return session.reply
+    except DialFailed as failed:
+        return failed.outcome
+
+
+def udp_request(
+    place: Place, dst: str, port: int, *, timeout: float = 2.0, source_port: int = 0, device: str | None = None
+) -> Outcome:
+    """Send one datagram (it is not repeated), and wait for the answer. The socket is connected: an answer from any
+    address but `dst` does not count.
+    """
+    with _socket(place, socket.SOCK_DGRAM, dst, source_port=source_port, device=device, timeout=timeout) as sock:
+        started = time.perf_counter()
+        try:
+            sock.connect((dst, port))
+            # Or "host unreachable" is kept from us: to UDP it is no fatal error (__udp4_lib_err).
+            sock.setsockopt(*_RECVERR[sock.family], 1)
+            sock.send(b"who?")
+            return _reply(sock.recv(65536), sock, started)
+        except OSError as error:
+            return _failure(error)
+
+
+def _socket(
+    place: Place, kind: socket.SocketKind, dst: str, *, source_port: int, device: str | None, timeout: float
+) -> socket.socket:
+    family = socket.AF_INET6 if ":" in dst else socket.AF_INET
+    sock = netns.socket_in(place.ns, family, kind)
+    try:
+        sock.settimeout(timeout)
+        if device:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
+        if source_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("", source_port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _connect(sock: socket.socket, dst: Address, timeout: float) -> None:
+    sock.setblocking(False)
+    number = sock.connect_ex(dst)
+    if number == errno.EINPROGRESS:
+        # In a lab the whole path can run inside our system call: an ICMP error then finds the socket locked by us, and
+        # the kernel only
+        # notes it as a soft error and waits for the next SYN, a second later (tcp_v6_err). Asking fetches it now.
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number == 0:
+        ready = select.poll()
+        ready.register(sock, select.POLLOUT)
+        if not ready.poll(timeout * 1000):
+            raise TimeoutError
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        raise OSError(number, os.strerror(number))
+    sock.settimeout(timeout)
+
+
+def _reply(line: bytes, sock: socket.socket, started: float) -> Reply:
+    answer = json.loads(line)
+    return Reply(
+        pod=answer["pod"],
+        peer=tuple(answer["peer"]),
+        local=tuple(answer["local"]),
+        source=sock.getsockname()[:2],
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _failure(error: OSError) -> Failure:
+    match error.errno:
+        case errno.ECONNREFUSED:
+            return Refused()
+        case errno.EHOSTUNREACH | errno.ENETUNREACH | errno.EACCES | errno.EPERM as number:
+            return Unreachable(errno.errorcode[number])
+        case errno.ECONNRESET | errno.EPIPE:
+            return Broken()
+        case None | errno.ETIMEDOUT:  # None: Python's own timeout has no errno
+            return TimedOut()
+    raise error  # not the network's doing, such as a source port that is taken
