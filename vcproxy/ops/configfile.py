@@ -1,0 +1,137 @@
+"""Strict configuration files: YAML into frozen Structs, and errors that name file, line and field.
+
+A silently ignored field is a setting that an operator believes in, so unknown and ill-typed fields are errors. The
+shapes are msgspec Structs; what each field means is written once, as `Annotated[..., Meta(description=...)]`, and both
+the error position and `vcproxy config default` come from there.
+"""
+
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import msgspec
+import yaml
+
+API_VERSION = "vcproxy.dev/v1alpha1"
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names file, line and field and says what is wrong."""
+
+
+class Section(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True, kw_only=True):
+    """Base of every configuration Struct: camelCase in files, unknown fields refused."""
+
+
+def load(path: Path, shape: type[T]) -> T:
+    """Read and check one configuration file. Raises ConfigError."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    return parse(text, shape, source=str(path))
+
+
+def parse(text: str, shape: type[T], *, source: str) -> T:
+    """Like `load`, from text; `source` stands where errors name the file."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}:1: expected a mapping with apiVersion: {API_VERSION} and kind: {shape.__name__}")
+    for field, wanted in (("apiVersion", API_VERSION), ("kind", shape.__name__)):
+        if value.pop(field, None) != wanted:
+            line = _line(root, (field,)) or 1
+            raise ConfigError(f"{source}:{line}: {field}: expected {wanted}")
+    try:
+        return msgspec.convert(value, shape, strict=True)
+    except msgspec.ValidationError as error:
+        message, _, place = str(error).partition(" - at `")
+        path = _steps(place.rstrip("`"))
+        if unknown := re.search(r"unknown field `([^`]*)`", message):
+            path = (*path, unknown[1])
+        name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
+        raise ConfigError(f"{source}:{_line(root, path) or 1}: {name or 'file'}: {message}") from error
+
+
+def _steps(place: str) -> tuple[str | int, ...]:
+    """msgspec's `$.a[0].b` to ("a", 0, "b"); elements it cannot number (`[...]`) end the path."""
+    steps: list[str | int] = []
+    for name, index in re.findall(r"\.([^.\[\]]+)|\[([^\]]*)\]", place):
+        if name:
+            steps.append(name)
+        elif index.isdigit():
+            steps.append(int(index))
+        else:
+            break
+    return tuple(steps)
+
+
+def _line(node: yaml.Node | None, path: tuple[str | int, ...]) -> int | None:
+    """The 1-based line of the deepest existing step of `path`."""
+    line = None
+    for step in path:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == step:
+                    line, node = key.start_mark.line + 1, value
+                    break
+            else:
+                return line
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            line = node.start_mark.line + 1
+    return line
+
+
+def describe(shape: type[msgspec.Struct]) -> str:
+    """A configuration file of this kind with every field, its default and its comment: it loads as it is."""
+    return "\n".join([f"apiVersion: {API_VERSION}", f"kind: {shape.__name__}", *_describe(shape, "")]) + "\n"
+
+
+def _describe(shape: type[msgspec.Struct], indent: str) -> Iterator[str]:
+    for field in msgspec.structs.fields(shape):
+        comment = _description(field.type)
+        yield from (f"{indent}# {line}" for line in comment.splitlines())
+        default = field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default
+        if (nested := _nested(field.type)) and (default is not None or field.required):
+            yield f"{indent}{field.encode_name}:"
+            yield from _describe(nested, indent + "  ")
+        elif field.required or default is msgspec.NODEFAULT:
+            yield f"{indent}{field.encode_name}:"
+        else:
+            yield f"{indent}{field.encode_name}: {_flow(default)}"
+            if default is None and nested:
+                yield from (f"{indent}#   {line}" for line in _describe(nested, ""))
+
+
+def _flow(value: Any) -> str:
+    plain = msgspec.to_builtins(value)
+    return yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+
+
+def _description(hint: Any) -> str:
+    if get_origin(hint) is typing.Annotated:
+        for extra in hint.__metadata__:
+            if isinstance(extra, msgspec.Meta) and extra.description:
+                return extra.description
+    return ""
+
+
+def _nested(hint: Any) -> type[msgspec.Struct] | None:
+    origin = get_origin(hint)
+    if origin is typing.Annotated:
+        return _nested(get_args(hint)[0])
+    if origin in (Union, types.UnionType):
+        return next((found for part in get_args(hint) if (found := _nested(part))), None)
+    if origin is Literal:
+        return None
+    return hint if isinstance(hint, type) and issubclass(hint, msgspec.Struct) else None

@@ -1,0 +1,84 @@
+"""Metrics: one registry a process, and the HTTP server that shows it.
+
+Names and labels are kube-proxy's where it has an equal (prefix `kubeproxy_`), `vcproxy_` otherwise. A label holds a
+tenant's uid, which the operator's side made, never a string that a tenant wrote: the number of series stays bounded.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+import prometheus_client
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+REGISTRY = CollectorRegistry(auto_describe=True)
+prometheus_client.ProcessCollector(registry=REGISTRY)
+prometheus_client.PlatformCollector(registry=REGISTRY)
+
+# The same steps as kube-proxy's sync histogram: 1 ms doubling 15 times; preceded by the microseconds that we need.
+_SECONDS = tuple(0.0000625 * 2**step for step in range(19))
+
+# Brain.
+EVENTS = Counter("vcproxy_events", "Watch events and listed objects read", ["tenant"], registry=REGISTRY)
+REFUSED = Counter("vcproxy_refused", "Objects or fields refused, by reason", ["tenant", "reason"], registry=REGISTRY)
+TENANTS = Gauge("vcproxy_tenants", "Tenants held", ["state"], registry=REGISTRY)
+STALE = Gauge(
+    "vcproxy_tenant_stale_seconds", "Since when a tenant's API server is unreachable", ["tenant"], registry=REGISTRY
+)
+NODES = Gauge("vcproxy_nodes_connected", "Node agents connected", registry=REGISTRY)
+SENT_BYTES = Counter("vcproxy_sent_bytes", "Bytes sent to nodes", ["message"], registry=REGISTRY)
+COMPILE = Histogram("vcproxy_compile_seconds", "From watch event to new revision", buckets=_SECONDS, registry=REGISTRY)
+
+# Node.
+COMMIT = Histogram(
+    "vcproxy_commit_seconds", "From change received to kernel committed", buckets=_SECONDS, registry=REGISTRY
+)
+COMMITTED = Counter("vcproxy_committed", "Tenant revisions committed", ["tenant"], registry=REGISTRY)
+OPERATIONS = Counter("vcproxy_kernel_operations", "Kernel elements added and removed", registry=REGISTRY)
+REJECTED = Gauge("vcproxy_rejected_ports", "Service ports in quarantine", ["tenant"], registry=REGISTRY)
+FAILURES = Counter(
+    "vcproxy_commit_failures", "Updates that could not be committed and are retried", ["tenant"], registry=REGISTRY
+)
+REPAIRS = Counter("vcproxy_repairs", "Times that foreign changes to the table were mended", registry=REGISTRY)
+CACHE_FAILURES = Counter("vcproxy_cache_failures", "Times the last good state could not be written", registry=REGISTRY)
+CONNECTED = Gauge("vcproxy_brain_connected", "1 while the stream from a brain is up", registry=REGISTRY)
+NETWORK_PROGRAMMING = Histogram(
+    "kubeproxy_network_programming_duration_seconds",
+    "From the change of a Service or its endpoints to the kernel, by the API server's clock",
+    ["ip_family"],
+    buckets=(0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30)),
+    registry=REGISTRY,
+)
+
+
+@contextlib.asynccontextmanager
+async def serve(address: str, handlers: Mapping[str, Handler]) -> AsyncIterator[str]:
+    """Serve GET handlers by path on `host:port` while the context is open; yields the address bound.
+
+    An empty address serves nothing and yields "". Raises OSError when the address cannot be bound.
+    """
+    if not address:
+        yield ""
+        return
+    host, _, port = address.rpartition(":")
+    app = web.Application()
+    for path, handler in handlers.items():
+        app.router.add_get(path, handler)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host.strip("[]") or None, int(port))
+        await site.start()
+        bound = runner.addresses[0]
+        yield f"{bound[0]}:{bound[1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def show(_: web.Request) -> web.Response:
+    """The handler of /metrics. Rendering takes a while with many series, so it runs in a thread."""
+    body = await asyncio.to_thread(prometheus_client.generate_latest, REGISTRY)
+    return web.Response(body=body, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
