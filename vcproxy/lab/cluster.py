@@ -141,7 +141,7 @@ class Cluster:
             rows: Sequence[Mapping[str, Any]] = self.ask(node)["tenants"]
             held = {row["uid"]: row for row in rows}.get(tenant)
             if wanted and held and wanted["synced"] and held["digest"] == wanted["digest"]:
-                return held if held["committed"] == held["revision"] else None
+                return held if held["committedDigest"] == held["digest"] else None
             return None
 
         row: Mapping[str, Any] = self.wait(f"{node} committed tenant {tenant}", committed, timeout)

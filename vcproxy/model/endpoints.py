@@ -84,7 +84,8 @@ def pack(endpoints: Iterable[Endpoint]) -> tuple[bytes, bytes, tuple[HintSet, ..
     The result is canonical: equal sets of endpoints give equal bytes.
 
     Duplicates (same address and port, in several slices while one is moved to another) become one record: the one with
-    the best flags (ready before serving), then the greatest node id, so that the result does not depend on order.
+    the best flags (ready, then serving, then not terminating), then the greatest node id, then the greatest hints, so
+    that the result does not depend on order.
     """
     best: dict[tuple[bytes, int], Endpoint] = {}
     for endpoint in endpoints:
@@ -108,9 +109,10 @@ def pack(endpoints: Iterable[Endpoint]) -> tuple[bytes, bytes, tuple[HintSet, ..
     return b"".join(records[0]), b"".join(records[1]), hint_sets
 
 
-def _preference(endpoint: Endpoint) -> tuple[bool, bool, int, HintSet]:
+def _preference(endpoint: Endpoint) -> tuple[bool, bool, bool, int, HintSet]:
     flags = endpoint.flags
-    return bool(flags & READY), bool(flags & SERVING), endpoint.node, endpoint.hints or HintSet((), ())
+    hints = endpoint.hints or HintSet((), ())
+    return bool(flags & READY), bool(flags & SERVING), not flags & TERMINATING, endpoint.node, hints
 
 
 def unpack(packed: bytes, record_family: int, hint_sets: tuple[HintSet, ...] = ()) -> list[Endpoint]:

@@ -37,6 +37,7 @@ COMMIT = Histogram(
     "vcproxy_commit_seconds", "From change received to kernel committed", buckets=_SECONDS, registry=REGISTRY
 )
 COMMITTED = Counter("vcproxy_committed", "Tenant revisions committed", ["tenant"], registry=REGISTRY)
+RECEIVED = Counter("vcproxy_received", "Tenant contents received from a brain", ["message"], registry=REGISTRY)
 OPERATIONS = Counter("vcproxy_kernel_operations", "Kernel elements added and removed", registry=REGISTRY)
 REJECTED = Gauge("vcproxy_rejected_ports", "Service ports in quarantine", ["tenant"], registry=REGISTRY)
 FAILURES = Counter(
@@ -52,6 +53,11 @@ NETWORK_PROGRAMMING = Histogram(
     buckets=(0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30)),
     registry=REGISTRY,
 )
+
+
+def value(name: str, labels: Mapping[str, str] | None = None) -> float:
+    """What a series stands at; 0 if it has never been touched."""
+    return REGISTRY.get_sample_value(name, dict(labels or {})) or 0.0
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,374 @@
+"""From wanted forwarding to exact element operations: the planner. Pure: no kernel, no clock.
+
+The planner is the mirror of what the table should hold. Each call changes the mirror and notes in a `Plan` what that
+means for the kernel; the work of a call is in proportion to the ports that it names.
+
+Frontends are claimed. Two ports may want the same public address (two tenants granted the same node port), or, while
+Services are replaced, the same ClusterIP. The first holder keeps it, the others are told why not and wait; when the
+holder gives it up, the longest waiting one gets it in the same transaction.
+
+Affinity timeouts are exact to three digits (1 to 999 s, 10800 s, 86400 s ...), rounded up beyond: each distinct one in
+use is a chain, and a hostile tenant could otherwise make one for each of 86,400 seconds.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+
+from vcproxy.backend.protocol import Rejection
+from vcproxy.model.addresses import Prefix, format_target
+from vcproxy.model.forwarding import ForwardedFrontend, ForwardedPort
+from vcproxy.model.services import FrontendKind, PortKey, Protocol
+from vcproxy_nftables.changes import Changes
+from vcproxy_nftables.elements import MapSpec
+from vcproxy_nftables.pools import MAX_TARGETS, NUMBERS, Numbers, arrange, size_class, split
+from vcproxy_nftables.specs import FAMILY, ORDER, affine_value, number, target_value
+from vcproxy_nftables.state import (
+    POOLS,
+    WIDTH,
+    Pool,
+    Port,
+    Tenant,
+    claim_of,
+    elements,
+    first_of_each,
+    is_public,
+    learn_verdict,
+    range_elements,
+    shared,
+)
+
+MAX_TARGET_IDS = 4095
+"""Targets of a pool that clients can be bound to; those beyond are balanced only."""
+
+Target = tuple[bytes, int]
+Claim = tuple[MapSpec, bytes]
+Hint = Callable[[Port, ForwardedPort], tuple[Pool | None, ...]]
+
+
+def affinity_class(seconds: int) -> int:
+    """The timeout that is programmed for a wanted one: the next with three significant digits."""
+    step: int = 10 ** max(0, len(str(seconds)) - 3)
+    return -(-seconds // step) * step
+
+
+class Flows(Mapping[Target, Set[Target]]):
+    """UDP destinations whose flows must be looked at, with the targets that they may stay with."""
+
+    def __init__(self) -> None:
+        self._serving: dict[Target, bytes] = {}
+
+    def note(self, destination: Target, serving: bytes) -> None:
+        """The last word about a destination counts."""
+        self._serving[destination] = serving
+
+    def __getitem__(self, destination: Target) -> Set[Target]:
+        width = len(destination[0]) + 2
+        packed = split(self._serving[destination], width)
+        return {(target[:-2], int.from_bytes(target[-2:], "big")) for target in packed}
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self._serving)
+
+    def __len__(self) -> int:
+        return len(self._serving)
+
+
+class Plan:
+    """What one call means for the kernel.
+
+    `flows`: by zone; PUBLIC stands for all zones that may dial public frontends. `classes`, `timeouts`: by family, the
+    size classes and affinity timeouts whose chains must exist before. `freed`: (family, pool number), to be handed out
+    again when all is committed. `rejections`: why a port is not programmed, or not in full.
+    """
+
+    PUBLIC = -1
+
+    def __init__(self) -> None:
+        self.changes = Changes()
+        self.flows: dict[int, Flows] = {}
+        self.classes: dict[int, set[int]] = {4: set(), 6: set()}
+        self.timeouts: dict[int, set[int]] = {4: set(), 6: set()}
+        self.freed: list[tuple[int, int]] = []
+        self.rejections: dict[PortKey, str] = {}
+
+    def rejected(self) -> tuple[Rejection, ...]:
+        """The ports that are not programmed, or not in full."""
+        return tuple(Rejection(key, reason) for key, reason in self.rejections.items())
+
+
+class Planner:
+    """The mirror of what the table holds for tenants. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self.tenants: dict[str, Tenant] = {}
+        self.numbers = {4: Numbers(0, NUMBERS - 1), 6: Numbers(0, NUMBERS - 1)}
+        self.node_addresses: frozenset[bytes] = frozenset()
+        self._claims: dict[Claim, Port] = {}
+        self._waiting: dict[Claim, list[Port]] = {}
+
+    def put(self, plan: Plan, tenant: Tenant, forwarded: ForwardedPort, *, hint: Hint | None = None) -> None:
+        """Make a port this. `hint`: tells the pools that the kernel has for a port that is new to the mirror."""
+        if reason := self._impossible(forwarded):
+            plan.rejections[forwarded.key] = reason
+            return
+        port = tenant.ports.get(forwarded.key)
+        if port is None:
+            port = tenant.ports[forwarded.key] = Port(tenant, ForwardedPort(forwarded.key))
+            if hint is not None:
+                port.pools = hint(port, forwarded)
+        if port.blocked or port.forwarded != forwarded:
+            self._change(plan, port, forwarded)
+        if port.blocked:
+            plan.rejections[forwarded.key] = "; ".join(dict.fromkeys(port.blocked.values()))
+
+    def remove(self, plan: Plan, tenant: Tenant, key: PortKey) -> None:
+        """Remove a port; an unknown one is no error."""
+        port = tenant.ports.get(key)
+        if port is not None:
+            self._change(plan, port, ForwardedPort(key))
+            del tenant.ports[key]
+
+    def set_ranges(self, plan: Plan, tenant: Tenant, prefixes: tuple[Prefix, ...]) -> None:
+        """Make these a tenant's virtual ranges."""
+        if prefixes == tenant.ranges:
+            return
+        before, after = range_elements(tenant, tenant.ranges), range_elements(tenant, prefixes)
+        tenant.ranges = prefixes
+        for spec, key in before - after:
+            plan.changes.set(spec, key, b"", None)
+        for spec, key in after - before:
+            plan.changes.set(spec, key, None, b"")
+
+    def review(self, plan: Plan, tenant: Tenant) -> None:
+        """Decide anew about a tenant's public frontends, after its attachment has changed."""
+        for port in list(tenant.ports.values()):
+            if any(is_public(frontend) for frontend in port.forwarded.frontends):
+                self._change(plan, port, port.forwarded)
+
+    def set_node_addresses(self, plan: Plan, addresses: frozenset[bytes]) -> None:
+        """Make these the node's addresses, of which firewalls of load balancers must know."""
+        walled = [
+            (port, first_of_each(elements(port, self.node_addresses)))
+            for tenant in self.tenants.values()
+            for port in tenant.ports.values()
+            if port.forwarded.source_ranges
+        ]
+        self.node_addresses = addresses
+        for port, before in walled:
+            _note(plan, before, first_of_each(elements(port, addresses)))
+
+    def _impossible(self, forwarded: ForwardedPort) -> str:
+        for action, family in POOLS:
+            count = len(forwarded.pool(action, family)) // WIDTH[family]
+            if count > MAX_TARGETS:
+                return f"it has {count} IPv{family} endpoints; a service port may have {MAX_TARGETS}"
+            if count and self.numbers[family].available < 2:
+                return f"all {NUMBERS} pools of IPv{family} are in use on this node"
+        return ""
+
+    def _change(self, plan: Plan, port: Port, forwarded: ForwardedPort) -> None:
+        """Make a port `forwarded` (which may be what it is), and see who gets what it gives up."""
+        old = port.forwarded
+        before = first_of_each(elements(port, self.node_addresses))
+        held = list(shared(port))
+        claims = self._held(port)
+        port.forwarded = forwarded
+        self._set_pools(plan, port)
+        released = self._claim(port, claims)
+        after = first_of_each(elements(port, self.node_addresses))
+        _note(plan, before, after)
+        _recount(plan, port.tenant, held, list(shared(port)))
+        if forwarded.key.protocol is Protocol.UDP:
+            self._note_flows(plan, port, old, before, after)
+        for claim in released:
+            self._hand_over(plan, claim)
+
+    # Claims
+
+    @staticmethod
+    def _held(port: Port) -> set[Claim]:
+        return {
+            claim_of(port, frontend)
+            for position, frontend in enumerate(port.forwarded.frontends)
+            if position not in port.blocked
+        }
+
+    def _claim(self, port: Port, before: set[Claim]) -> list[Claim]:
+        """Claim all of a port's frontends, block those that it cannot have, and return what it gave up."""
+        blocked: dict[int, str] = {}
+        held: set[Claim] = set()
+        for position, frontend in enumerate(port.forwarded.frontends):
+            claim = claim_of(port, frontend)
+            if is_public(frontend) and port.tenant.overlay:
+                blocked[position] = (
+                    f"{_dialled(frontend)} is public, but the tenant has a network of its own on this node, which "
+                    "others cannot reach; publish the service in the super cluster, or attach the tenant by address"
+                )
+            elif (holder := self._claims.setdefault(claim, port)) is port:
+                held.add(claim)
+            else:
+                owner = "another tenant" if holder.tenant is not port.tenant else str(holder.forwarded.key)
+                blocked[position] = f"{_dialled(frontend)} is held by {owner}"
+                waiting = self._waiting.setdefault(claim, [])
+                if port not in waiting:
+                    waiting.append(port)
+        port.blocked = blocked
+        released = [claim for claim in before if claim not in held]
+        for claim in released:
+            del self._claims[claim]
+        return released
+
+    def _hand_over(self, plan: Plan, claim: Claim) -> None:
+        """Give a claim that nobody holds to the one that waits longest and still wants it."""
+        waiting = self._waiting.pop(claim, [])
+        while waiting:
+            port = waiting.pop(0)
+            alive = port.tenant.ports.get(port.forwarded.key) is port
+            if alive and any(claim_of(port, port.forwarded.frontends[position]) == claim for position in port.blocked):
+                if waiting:
+                    self._waiting[claim] = waiting
+                self._change(plan, port, port.forwarded)
+                if claim in self._claims:
+                    return
+                waiting = self._waiting.pop(claim, [])
+
+    # Pools
+
+    def _set_pools(self, plan: Plan, port: Port) -> None:
+        seconds = affinity_class(port.forwarded.affinity_seconds)
+        port.pools = tuple(
+            self._set_pool(plan, family, pool, port.forwarded.pool(action, family), seconds)
+            for (action, family), pool in zip(POOLS, port.pools, strict=True)
+        )
+
+    def _set_pool(self, plan: Plan, family: int, pool: Pool | None, wanted: bytes, seconds: int) -> Pool | None:
+        width = WIDTH[family]
+        if pool is None:
+            if not wanted:
+                return None
+            pool = Pool(self.numbers[family].take())
+        slots = arrange(pool.slots, wanted, width)
+        if slots != pool.slots:
+            plan.changes.set_pool(family, pool.number, pool.slots, slots)
+            pool.slots = slots
+        _bind(plan, family, pool, seconds if slots else 0)
+        if not slots:
+            plan.freed.append((family, pool.number))
+            return None
+        size = size_class(len(slots) // width)
+        if size > 1:
+            plan.classes[family].add(size)
+        return pool
+
+    # Flows
+
+    def _note_flows(
+        self, plan: Plan, port: Port, old: ForwardedPort, before: dict[Claim, bytes], after: dict[Claim, bytes]
+    ) -> None:
+        """Which UDP flows must be looked at: those to what is new (they may have begun untranslated), to what got its
+        first target, to what is gone, and to what lost a target."""
+        lost = {
+            4: _lost(old.serving4, port.forwarded.serving4, WIDTH[4]),
+            6: _lost(old.serving6, port.forwarded.serving6, WIDTH[6]),
+        }
+        for forwarded, gone in ((old, True), (port.forwarded, False)):
+            for frontend in forwarded.frontends:
+                claim = claim_of(port, frontend)
+                was, now = before.get(claim), after.get(claim)
+                if was is now is None or (gone and now is not None):
+                    continue
+                if gone or was is None or lost[frontend.family] or (_is_special(was) and not _is_special(now)):
+                    serving = forwarded.serving4 if frontend.family == 4 else forwarded.serving6
+                    self._note_flow(plan, port.tenant, frontend, b"" if gone else serving)
+
+    def _note_flow(self, plan: Plan, tenant: Tenant, frontend: ForwardedFrontend, serving: bytes) -> None:
+        flows = plan.flows.setdefault(Plan.PUBLIC if is_public(frontend) else tenant.zone, Flows())
+        addresses: Iterable[bytes] = (frontend.address,)
+        if frontend.kind is FrontendKind.NODE_PORT:
+            addresses = (node for node in self.node_addresses if len(node) == len(frontend.address))
+        for address in addresses:
+            flows.note((address, frontend.port), serving)
+
+
+def _is_special(value: bytes | None) -> bool:
+    return value is not None and int.from_bytes(value[:4], ORDER) < NUMBERS
+
+
+def _lost(before: bytes, after: bytes, width: int) -> bool:
+    return before != after and not set(split(before, width)) <= set(split(after, width))
+
+
+def _dialled(frontend: ForwardedFrontend) -> str:
+    if frontend.kind is FrontendKind.NODE_PORT:
+        return f"IPv{frontend.family} node port {frontend.port}"
+    return format_target(frontend.address, frontend.port)
+
+
+def _note(plan: Plan, before: dict[Claim, bytes], after: dict[Claim, bytes]) -> None:
+    if before == after:
+        return
+    for claim, value in before.items():
+        if claim not in after:
+            plan.changes.set(*claim, value, None)
+    for claim, value in after.items():
+        plan.changes.set(*claim, before.get(claim), value)
+
+
+def _recount(plan: Plan, tenant: Tenant, before: list[Claim], after: list[Claim]) -> None:
+    """Count who needs shared elements: the first makes one, the last removes it."""
+    if before == after:
+        return
+    counts = tenant.counts
+    for claim in after:
+        counts[claim] = counts.get(claim, 0) + 1
+        if counts[claim] == 1:
+            plan.changes.set(*claim, None, b"")
+    for claim in before:
+        counts[claim] -= 1
+        if not counts[claim]:
+            del counts[claim]
+            plan.changes.set(*claim, b"", None)
+
+
+def _bind(plan: Plan, family: int, pool: Pool, seconds: int) -> None:
+    """Affinity of a pool: whether clients are bound to its targets, for how long, and the targets' ids."""
+    if not seconds and not pool.seconds:
+        return
+    specs, lead, change = FAMILY[family], number(pool.number), plan.changes.set
+    if seconds:
+        plan.timeouts[family].add(seconds)
+    change(specs.affine_pools, lead, _learns(family, pool.seconds), _learns(family, seconds))
+    pool.seconds = seconds
+    ids = _target_ids(pool.ids, split(pool.slots, WIDTH[family]) if seconds else [])
+    for target in pool.ids.keys() - ids.keys():
+        value = affine_value(pool.ids[target], pool.number)
+        change(specs.affine_targets, value, target_value(target), None)
+        change(specs.affine_ids, lead + target_value(target), value, None)
+    for target in ids.keys() - pool.ids.keys():
+        value = affine_value(ids[target], pool.number)
+        change(specs.affine_targets, value, None, target_value(target))
+        change(specs.affine_ids, lead + target_value(target), None, value)
+    pool.ids = ids
+
+
+def _learns(family: int, seconds: int) -> bytes | None:
+    return learn_verdict(family, seconds) if seconds else None
+
+
+def _target_ids(held: dict[bytes, int], wanted: list[bytes]) -> dict[bytes, int]:
+    """Ids of the wanted targets: those held, and others for the new ones, each used again as late as possible."""
+    ids = {target: held[target] for target in wanted if target in held}
+    used = set(held.values())
+    candidate = max(used, default=0)
+    for target in wanted:
+        if target in ids:
+            continue
+        if len(used) >= MAX_TARGET_IDS:
+            used = set(ids.values())  # those of targets that go just now
+            if len(used) >= MAX_TARGET_IDS:
+                break
+        candidate = candidate % MAX_TARGET_IDS + 1
+        while candidate in used:
+            candidate = candidate % MAX_TARGET_IDS + 1
+        ids[target] = candidate
+        used.add(candidate)
+    return ids

@@ -1,0 +1,285 @@
+"""Events in any order give what compiling everything anew gives, and cost what they touch."""
+
+from __future__ import annotations
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.unit.brain.kinds import endpoint_slice, service
+
+from vcproxy.brain.compiler import Compiler, compile_service
+from vcproxy.brain.guard import UNRESTRICTED, Limits, Reason, Unusable
+from vcproxy.brain.slices import join, pack_slice
+from vcproxy.kube.errors import ShapeError
+from vcproxy.model.endpoints import READY, SERVING, TERMINATING, Endpoint, HintSet, name_id, pack
+from vcproxy.model.services import Protocol
+from vcproxy.model.tenant import TenantModel
+
+# --- objects at random: few names, so that they meet ------------------------------------------------------------------
+
+NAMES = st.sampled_from(["a", "b", "c"])
+ADDRESSES4 = st.sampled_from(["10.0.0.1", "10.0.0.2", "10.1.0.0", "10.0.1.0", "127.0.0.1", "nonsense"])
+ADDRESSES6 = st.sampled_from(["fd00::1", "fd00::2", "fd00:0:0:1::", "fe80::1"])
+CONDITION = st.sampled_from([None, True, False])
+HINTS = st.one_of(
+    st.none(),
+    st.builds(
+        lambda zones, nodes: {
+            "forZones": [{"name": zone} for zone in zones],
+            "forNodes": [{"name": node} for node in nodes],
+        },
+        st.lists(st.sampled_from(["z1", "z2"]), max_size=2),
+        st.lists(st.sampled_from(["n1", "n2"]), max_size=1),
+    ),
+)
+
+
+def endpoints_of(addresses: st.SearchStrategy[str]) -> st.SearchStrategy[dict[str, object]]:
+    return st.fixed_dictionaries(
+        {
+            "addresses": st.lists(addresses, min_size=0, max_size=2),
+            "conditions": st.fixed_dictionaries({"ready": CONDITION, "serving": CONDITION, "terminating": CONDITION}),
+            "nodeName": st.sampled_from([None, "n1", "n2"]),
+            "hints": HINTS,
+        }
+    )
+
+
+@st.composite
+def services(draw):
+    spec = draw(
+        st.sampled_from(
+            [
+                {},
+                {"clusterIP": "fd00::1:1"},
+                {"clusterIPs": ["10.96.0.2", "fd00::1:2"], "ipFamilies": ["IPv4", "IPv6"]},
+                {"clusterIP": "None"},
+                {"clusterIP": "nonsense"},
+                {"sessionAffinity": "ClientIP"},
+                {"externalIPs": ["192.0.2.7"]},
+            ]
+        )
+    )
+    listed = draw(st.lists(st.sampled_from(["", "http", "dns"]), unique=True, max_size=3))
+    said = [{"name": name, "port": 80 + len(name), "protocol": "UDP" if name == "dns" else "TCP"} for name in listed]
+    return service(draw(NAMES), ports=said, **spec)
+
+
+@st.composite
+def slices(draw):
+    version6 = draw(st.booleans())
+    names = draw(st.lists(st.sampled_from(["", "http", "dns"]), unique=True, max_size=3))
+    said = [
+        {"name": name, "port": draw(st.sampled_from([80, 81])), "protocol": "UDP" if name == "dns" else "TCP"}
+        for name in names
+    ]
+    return endpoint_slice(
+        name=draw(st.sampled_from(["s1", "s2", "s3", "s4"])),
+        service=draw(st.one_of(NAMES, st.none())),
+        address_type="IPv6" if version6 else "IPv4",
+        ports=said,
+        endpoints=draw(st.lists(endpoints_of(ADDRESSES6 if version6 else ADDRESSES4), max_size=4)),
+    )
+
+
+EVENTS = st.one_of(
+    services().map(lambda found: ("put", found)),
+    slices().map(lambda found: ("put", found)),
+    NAMES.map(lambda name: ("delete", ("Service", ("default", name)))),
+    st.sampled_from(["s1", "s2", "s3", "s4"]).map(lambda name: ("delete", ("EndpointSlice", ("default", name)))),
+    st.just(("flush", None)),
+)
+
+
+def usable(found) -> bool:
+    try:
+        compile_service(found, [], UNRESTRICTED)
+    except Unusable:
+        return False
+    return True
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(EVENTS, max_size=30))
+def test_random_event_sequences_incremental_equals_full_recompile(events) -> None:
+    compiler, model = Compiler(UNRESTRICTED), TenantModel()
+    compiler.listed("Service")
+    compiler.listed("EndpointSlice")
+    held = {"Service": {}, "EndpointSlice": {}}
+    for what, said in [*events, ("flush", None)]:
+        if what == "put":
+            compiler.put(said)
+            if type(said).__name__ == "EndpointSlice" or usable(said):  # else: the last good form stays
+                held[type(said).__name__][said.key] = said
+        elif what == "delete":
+            compiler.delete(*said)
+            held[said[0]].pop(said[1], None)
+        else:
+            change = compiler.flush()
+            assert not {port.key for port in change.put} & set(change.removed)
+            for key in change.removed:
+                assert model.remove(key), "only what was there is removed"
+            for port in change.put:
+                model.put(port)
+    anew = [
+        port
+        for found in held["Service"].values()
+        for port in compile_service(found, held["EndpointSlice"].values(), UNRESTRICTED).ports
+    ]
+    assert model.ports == {port.key: port for port in anew}
+    assert model.digest == TenantModel(anew).digest
+    assert compiler.emitted() == set(model.ports)
+    assert compiler.clean
+
+
+RECORDS = st.builds(
+    Endpoint,
+    address=st.sampled_from([b"\x0a\0\0\1", b"\x0a\0\0\2", b"\x0a\0\0\0", b"\xfe\0\0\0", b"\0\0\0\1"]),
+    port=st.just(0),
+    flags=st.integers(0, READY | SERVING | TERMINATING),
+    node=st.sampled_from([0, name_id("n1"), name_id("n2")]),
+    hints=st.sampled_from([None, HintSet((1,), ()), HintSet((1, 2), ()), HintSet((), (7,))]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.lists(RECORDS, max_size=6)), max_size=5))
+def test_joining_packed_slices_equals_packing_all_their_endpoints(parts) -> None:
+    held = []
+    for port, records in parts:
+        packed = pack_slice(endpoint_slice([], ports=[{"name": "", "port": port}]), None)
+        octets, _, hint_sets = pack(records)
+        held.append(msgspec.structs.replace(packed, endpoints=octets, hint_sets=hint_sets))
+    expected = pack([record._replace(port=port) for port, records in parts for record in records])
+    assert tuple(join("", Protocol.TCP, held, (4,))) == expected
+
+
+# --- one by one -------------------------------------------------------------------------------------------------------
+
+
+def started(**policy) -> Compiler:
+    compiler = Compiler(msgspec.structs.replace(UNRESTRICTED, **policy))
+    compiler.listed("Service")
+    compiler.listed("EndpointSlice")
+    return compiler
+
+
+def names(ports) -> list[str]:
+    return sorted(port.key.service for port in ports)
+
+
+def test_nothing_before_both_have_been_listed() -> None:
+    compiler = Compiler(UNRESTRICTED)
+    compiler.put(service())
+    compiler.listed("Service")
+    assert compiler.flush() == ([], [])
+    compiler.put(endpoint_slice(["10.0.0.1"]))
+    assert compiler.flush() == ([], [])
+    compiler.listed("EndpointSlice")
+    assert len(compiler.flush().put[0].endpoints4) == 17
+
+
+def test_slices_may_come_before_their_service() -> None:
+    compiler = started()
+    compiler.put(endpoint_slice(["10.0.0.1"]))
+    assert compiler.flush() == ([], [])
+    compiler.put(service())
+    assert len(compiler.flush().put[0].endpoints4) == 17
+
+
+def test_an_event_touches_one_service_only() -> None:
+    compiler = started()
+    for number in range(100):
+        compiler.put(service(f"s{number}"))
+        compiler.put(endpoint_slice(["10.0.0.1"], name=f"s{number}-1", service=f"s{number}"))
+    assert len(compiler.flush().put) == 100
+    compiler.put(endpoint_slice(["10.0.0.2"], name="s7-1", service="s7"))
+    assert names(compiler.flush().put) == ["s7"]
+    compiler.put(endpoint_slice(["10.0.0.2"], name="s7-1", service="s7"))
+    assert compiler.flush() == ([], []), "an equal object is no change"
+
+
+def test_a_slice_that_changes_its_service_leaves_the_old_one() -> None:
+    compiler = started()
+    compiler.put(service("a"))
+    compiler.put(service("b"))
+    compiler.put(endpoint_slice(["10.0.0.1"], service="a"))
+    compiler.flush()
+    compiler.put(endpoint_slice(["10.0.0.1"], service="b"))
+    assert {port.key.service: len(port.endpoints4) for port in compiler.flush().put} == {"a": 0, "b": 17}
+
+
+def test_a_service_turned_headless_and_a_port_that_went_are_removed() -> None:
+    compiler = started()
+    compiler.put(service(ports=[{"name": "a", "port": 1}, {"name": "b", "port": 2}]))
+    compiler.flush()
+    compiler.put(service(ports=[{"name": "b", "port": 2}]))
+    change = compiler.flush()
+    assert [key.port for key in change.removed] == ["a"]
+    assert [port.key.port for port in change.put] == ["b"]
+    compiler.put(service(clusterIP="None"))
+    assert [key.port for key in compiler.flush().removed] == ["b"]
+
+
+def test_the_last_good_form_stays_and_the_error_is_kept_until_mended() -> None:
+    compiler = started()
+    compiler.put(service())
+    compiler.flush()
+    compiler.put(service(clusterIP="nonsense"))
+    assert compiler.flush() == ([], [])
+    (said,) = compiler.explain("default", "web")
+    assert (said.reason, said.field, said.value) == (Reason.MALFORMED, "spec.clusterIP", "nonsense")
+    error = ShapeError(tenant="t", kind="Service", key=("default", "web"), field="$.spec.ports", reason="Expected int")
+    compiler.malformed("Service", error)
+    assert compiler.flush() == ([], [])
+    assert compiler.explain("default", "web")[0].field == "$.spec.ports"
+    compiler.put(service())
+    assert compiler.flush() == ([], [])
+    assert compiler.explain("default", "web") == ()
+    assert list(compiler.refusals()) == []
+
+
+def test_flush_gives_back_the_loop() -> None:
+    compiler = started()
+    for number in range(5):
+        compiler.put(service(f"s{number}"))
+    assert names(compiler.flush(lambda: True).put) == ["s0"]
+    assert not compiler.clean
+    assert names(compiler.flush().put) == ["s1", "s2", "s3", "s4"]
+    assert compiler.clean
+
+
+def test_over_a_limit_the_last_good_stays_and_room_is_noticed() -> None:
+    noticed = []
+    compiler = Compiler(
+        msgspec.structs.replace(UNRESTRICTED, limits=Limits(services=1, endpoints=4, endpoints_per_service=3)),
+        noticed=noticed.append,
+    )
+    compiler.listed("Service")
+    compiler.listed("EndpointSlice")
+    compiler.put(service("a"))
+    compiler.put(service("b"))
+    compiler.put(endpoint_slice(["10.0.0.1", "10.0.0.2"], name="a-1", service="a"))
+    compiler.put(endpoint_slice(["10.0.0.3", "10.0.0.4"], name="a-2", service="a"))  # of one service
+    compiler.put(endpoint_slice(["10.0.0.3", "10.0.0.4", "10.0.0.5"], name="b-1", service="b"))  # of all
+    compiler.put(endpoint_slice([f"10.0.0.{n}" for n in range(1, 5)], name="a-1", service="a"))  # last good stays
+    change = compiler.flush()
+    assert names(change.put) == ["a"]
+    assert len(change.put[0].endpoints4) == 2 * 17
+    assert {said.reason for said in noticed} == {Reason.LIMIT}
+    assert [said.name for said in compiler.refusals()] == ["b", "a-2", "b-1", "a-1"]
+    assert compiler.degraded
+    assert not compiler.starved
+    compiler.delete("Service", ("default", "a"))
+    assert compiler.starved
+    compiler.put(service("b"))
+    compiler.flush()
+    assert compiler.emitted() == {port.key for port in compile_service(service("b"), [], UNRESTRICTED).ports}
+
+
+def test_refusals_kept_are_bounded(monkeypatch) -> None:
+    monkeypatch.setattr("vcproxy.brain.compiler.MAX_RECORDED", 10)
+    compiler = started()
+    for number in range(50):
+        compiler.put(service(f"s{number}", clusterIP="nonsense"))
+    assert len(list(compiler.refusals())) == 10

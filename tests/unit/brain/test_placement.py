@@ -1,0 +1,308 @@
+"""Which tenants a node must know, from Pods, Nodes and slices."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.brain.kinds import endpoint_slice, node, pod
+from vcproxy.brain.placement import Claim, Placement, Scope, pod_claims, slice_claims
+from vcproxy.brain.sources.selfplaced import SelfPlaced
+from vcproxy.brain.sources.supercluster import Whereabouts, facts_of_node, tenant_of_pod
+from vcproxy.kube.errors import ShapeError
+from vcproxy.kube.reflector import Deleted, Listed, Malformed, Upserted
+from vcproxy.model.addresses import parse_address, parse_prefix
+from vcproxy.model.endpoints import name_id
+from vcproxy.model.node import NodeFacts
+
+A, B = parse_address("10.0.0.1"), parse_address("10.0.0.2")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def placement(clock: Clock) -> Placement:
+    return Placement(clock=clock)
+
+
+def announced(placement: Placement) -> list[str]:
+    """Collects the nodes that callbacks name."""
+    heard: list[str] = []
+    placement.subscribe(heard.append)
+    return heard
+
+
+def test_a_pod_brings_its_tenant_at_binding_and_its_address_later(placement: Placement) -> None:
+    heard = announced(placement)
+    placement.put("p", pod_claims(pod(ips=()), "t"))
+    assert placement.tenants("n1") == {"t"}
+    assert placement.pods("n1") == {}
+    placement.put("p", pod_claims(pod(ips=("10.0.0.1", "fd00::1")), "t"))
+    assert placement.pods("n1") == {A: "t", parse_address("fd00::1"): "t"}
+    assert heard == ["n1", "n1"]
+    placement.put("p", pod_claims(pod(ips=("10.0.0.1", "fd00::1")), "t"))
+    assert len(heard) == 2, "nothing changed"
+    assert placement.tenants("n2") == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("why", "found"),
+    [
+        ("host network", pod(host_network=True)),
+        ("not scheduled", pod(node="")),
+        ("Succeeded", pod(phase="Succeeded")),
+        ("Failed", pod(phase="Failed")),
+    ],
+)
+def test_nobodys_pods(why: str, found) -> None:
+    assert pod_claims(found, "t") == (), why
+
+
+def test_an_address_no_pod_can_have_is_no_claim_but_the_pod_is() -> None:
+    assert pod_claims(pod(ips=("127.0.0.1", "nonsense")), "t") == (Claim("n1", b"", "t"),)
+
+
+def test_a_tenant_lingers_after_its_last_pod(placement: Placement, clock: Clock) -> None:
+    placement.put("p", [Claim("n1", A, "t")])
+    placement.put("q", [Claim("n1", B, "t")])
+    placement.remove("p")
+    assert placement.next_expiry() is None, "one pod is left"
+    heard = announced(placement)
+    placement.remove("q")
+    assert placement.pods("n1") == {}
+    assert placement.tenants("n1") == {"t"}
+    assert placement.next_expiry() == clock.now + 120
+    clock.now += 119
+    placement.expire()
+    assert placement.tenants("n1") == {"t"}
+    clock.now += 1
+    placement.expire()
+    assert placement.tenants("n1") == frozenset()
+    assert placement.next_expiry() is None
+    assert heard == ["n1", "n1"]
+
+
+def test_a_pod_that_comes_back_ends_the_lingering(placement: Placement, clock: Clock) -> None:
+    placement.put("p", [Claim("n1", A, "t")])
+    placement.remove("p")
+    clock.now += 60
+    placement.put("p", [Claim("n1", A, "t")])
+    clock.now += 60
+    placement.expire()
+    assert placement.tenants("n1") == {"t"}
+    placement.remove("p")
+    clock.now += 119
+    placement.expire()
+    assert placement.tenants("n1") == {"t"}, "the linger counts from the second departure"
+
+
+def test_a_pod_that_moves_leaves_its_tenant_lingering_behind(placement: Placement) -> None:
+    placement.put("p", [Claim("n1", A, "t")])
+    heard = announced(placement)
+    placement.put("p", [Claim("n2", A, "t")])
+    assert placement.pods("n1") == {}
+    assert placement.pods("n2") == {A: "t"}
+    assert placement.tenants("n1") == placement.tenants("n2") == {"t"}
+    assert heard == ["n1", "n2"]
+
+
+def test_an_address_of_two_tenants_is_nobodys(placement: Placement) -> None:
+    placement.put("p", [Claim("n1", A, "t")])
+    placement.put("q", [Claim("n1", A, "u")])
+    assert placement.pods("n1") == {}
+    placement.remove("p")
+    assert placement.pods("n1") == {A: "u"}
+    placement.put("r", [Claim("n1", A, "u")])
+    placement.remove("q")
+    assert placement.pods("n1") == {A: "u"}
+
+
+def test_scopes(placement: Placement) -> None:
+    heard = announced(placement)
+    placement.set_scope("super", Scope.EVERY_NODE)
+    assert placement.tenants("anywhere") == {"super"}
+    assert heard == [""]
+    placement.set_scope("t", Scope.EVERY_NODE_UNTIL_PLACED)
+    assert placement.tenants("anywhere") == {"super", "t"}
+    placement.put("p", [Claim("n1", A, "t")])
+    assert placement.tenants("anywhere") == {"super"}
+    assert placement.tenants("n1") == {"super", "t"}
+    placement.set_scope("u", Scope.PLACED)
+    assert placement.tenants("anywhere") == {"super"}
+    placement.remove("p")
+    assert placement.tenants("anywhere") == {"super", "t"}, "nothing is known again"
+    placement.forget("t")
+    assert placement.tenants("anywhere") == {"super"}
+
+
+def test_ready_is_announced_once(placement: Placement) -> None:
+    heard = announced(placement)
+    assert not placement.ready
+    placement.set_ready()
+    placement.set_ready()
+    assert placement.ready
+    assert heard == [""]
+
+
+def test_a_cancelled_subscription_is_silent(placement: Placement) -> None:
+    heard: list[str] = []
+    cancel = placement.subscribe(heard.append)
+    cancel()
+    placement.put("p", [Claim("n1", A, "t")])
+    assert heard == []
+
+
+CLAIMS = st.lists(
+    st.builds(
+        Claim, st.sampled_from(["n1", "n2"]), st.sampled_from([b"", A, B]), st.sampled_from(["t", "u", "v"])
+    ),
+    max_size=3,
+    unique=True,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["p", "q", "r"]), CLAIMS), max_size=15))
+def test_counts_equal_counting_anew(changes) -> None:
+    placement = Placement(linger_seconds=0, clock=lambda: 1.0)
+    held: dict[str, list[Claim]] = {}
+    for source, claims in changes:
+        placement.put(source, claims)
+        held[source] = claims
+    placement.expire()
+    for name in ("n1", "n2"):
+        here = [claim for claims in held.values() for claim in claims if claim.node == name]
+        assert placement.tenants(name) == {claim.tenant for claim in here}
+        wanted = {
+            address: {claim.tenant for claim in here if claim.address == address} for address in (A, B)
+        }
+        flat = {address: owners for address, owners in wanted.items() if len(owners) == 1}
+        # One object that claims one address for two tenants cannot be; what it says then is not defined.
+        for address in (A, B):
+            sole = [
+                {claim.tenant for claim in claims if claim.node == name and claim.address == address}
+                for claims in held.values()
+            ]
+            if all(len(owners) < 2 for owners in sole):
+                assert placement.pods(name).get(address) == (min(flat[address]) if address in flat else None)
+
+
+# --- the super cluster ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "uid"),
+    [
+        ({}, None),
+        ({"vcproxy.dev/tenant": "acme"}, "dir-acme"),
+        ({"vcproxy.dev/tenant": ""}, None),
+        ({"tenancy.x-k8s.io/cluster": "acme", "tenancy.x-k8s.io/vcname": "a"}, "dir-acme"),
+        # A VirtualCluster's control plane is the super cluster's.
+        ({"tenancy.x-k8s.io/cluster": "acme"}, None),
+        # The syncer copies this label from the tenant: it must not count.
+        (
+            {
+                "tenancy.x-k8s.io/cluster": "acme",
+                "tenancy.x-k8s.io/vcname": "a",
+                "vcproxy.dev/tenant": "globex",
+            },
+            "dir-acme",
+        ),
+        ({"tenancy.x-k8s.io/cluster": "acme", "vcproxy.dev/tenant": "globex"}, None),
+    ],
+)
+def test_whose_a_super_cluster_pod_is(labels: dict[str, str], uid: str | None) -> None:
+    assert tenant_of_pod(pod(labels=labels)) == uid
+
+
+def test_facts_of_a_node() -> None:
+    found = node("n1", zone="z", addresses=("192.0.2.2", "2001:db8::2", "bad"), pod_cidrs=("10.1.0.0/24", "worse"))
+    assert facts_of_node(found) == NodeFacts(
+        "z",
+        (parse_address("2001:db8::2"), parse_address("192.0.2.2"))
+        if parse_address("2001:db8::2") < parse_address("192.0.2.2")
+        else (parse_address("192.0.2.2"), parse_address("2001:db8::2")),
+        (parse_prefix("10.1.0.0/24"),),
+    )
+
+
+ACME = {"vcproxy.dev/tenant": "acme"}
+
+
+def test_the_super_clusters_events(placement: Placement) -> None:
+    seen = Whereabouts(placement, origin="super")
+    seen.take("Node", Listed((node("n1", zone="z"),), ()))
+    assert seen.listed == {"Node"}
+    assert placement.facts("n1").zone == "z"
+    assert placement.node_names() == {name_id("n1"): "n1"}
+    seen.take("Pod", Listed((pod("a", labels=ACME), pod("b", ips=("10.0.0.2",))), ()))
+    assert seen.listed == {"Node", "Pod"}
+    assert placement.pods("n1") == {A: "dir-acme"}
+    seen.take("Pod", Upserted(pod("b", ips=("10.0.0.2",), labels=ACME)))
+    assert set(placement.pods("n1")) == {A, B}
+    seen.take("Pod", Deleted(("default", "a"), ""))
+    assert set(placement.pods("n1")) == {B}
+    seen.take("Node", Upserted(node("n1", zone="y")))
+    assert placement.facts("n1").zone == "y"
+    seen.take("Node", Deleted(("", "n1"), ""))
+    assert placement.facts("n1") == NodeFacts()
+
+
+def test_a_list_takes_away_but_not_what_could_not_be_read(placement: Placement) -> None:
+    seen = Whereabouts(placement, origin="super")
+    seen.take("Pod", Listed((pod("a", labels=ACME), pod("b", ips=("10.0.0.2",), labels=ACME)), ()))
+
+    def bad(key):
+        return ShapeError(tenant="super", kind="Pod", key=key, field="$.spec", reason="bad")
+
+    seen.take("Pod", Listed((), (bad(("default", "a")),)))
+    assert set(placement.pods("n1")) == {A}
+    seen.take("Pod", Malformed(bad(("default", "a"))))
+    seen.take("Pod", Listed((), (bad(None),)))
+    assert set(placement.pods("n1")) == {A}
+    seen.take("Pod", Listed((), ()))
+    assert placement.pods("n1") == {}
+
+
+# --- tenants that say it themselves -----------------------------------------------------------------------------------
+
+
+def test_slices_place_a_tenant_until_there_are_pods(placement: Placement) -> None:
+    placed = SelfPlaced(placement, "dir-acme")
+    said = {"addresses": ["10.0.0.1"], "nodeName": "n1"}
+    nowhere = {"addresses": ["10.0.0.9"]}
+    found = endpoint_slice(endpoints=[said, nowhere])
+    assert slice_claims(found, "t") == (Claim("n1", A, "t"),)
+    placed.take("EndpointSlice", Listed((found,), ()))
+    assert not placed.listed
+    placed.take("Pod", Listed((), ()))
+    assert placed.listed
+    assert placement.pods("n1") == {A: "dir-acme"}
+    placed.take("Pod", Upserted(pod("a", node="n2", ips=("10.0.0.2",))))
+    assert placement.pods("n1") == {}
+    assert placement.pods("n2") == {B: "dir-acme"}
+    placed.take("EndpointSlice", Upserted(endpoint_slice(endpoints=[said], name="other")))
+    assert placement.pods("n1") == {}
+    placed.take("Pod", Deleted(("default", "a"), ""))
+    assert placement.pods("n1") == {A: "dir-acme"}
+    placed.take("EndpointSlice", Deleted(("default", "web-1"), ""))
+    assert placement.pods("n1") == {A: "dir-acme"}, "the other slice says so too"
+    placed.take("EndpointSlice", Listed((), ()))
+    assert placement.pods("n1") == {}
+    placed.take("EndpointSlice", Upserted(found))
+    placed.take("Node", Listed((node("n1", zone="z"),), ()))
+    placed.clear()
+    assert placement.pods("n1") == {}
+    assert placement.facts("n1") == NodeFacts()

@@ -1,0 +1,228 @@
+"""The store's revisions and deltas: whatever happened, a node that follows holds byte for byte what the brain holds."""
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.distribution.models import keys, ports
+from tests.unit.distribution.rig import ACME, Placed, key, service_port
+from vcproxy.brain import store as store_module
+from vcproxy.brain.admission import Admission
+from vcproxy.brain.encoding import CHUNK_OCTETS, port_bound
+from vcproxy.brain.store import Store, UnknownTenant
+from vcproxy.brain.stream import Greeting, Stream
+from vcproxy.model.services import ServicePort
+from vcproxy.model.tenant import Tenant, TenantModel
+from vcproxy.model.timing import Timing
+from vcproxy.node.holdings import Holdings
+from vcproxy.node.outbox import Outbox
+from vcproxy.node.receiver import Receiver
+from vcproxy.pb import distribution_pb2
+
+
+def synced(*held: ServicePort) -> Store:
+    store = Store(clock=lambda: 1700000000.0)
+    store.add_tenant(ACME)
+    store.replace("acme-1", held)
+    store.set_synced("acme-1")
+    return store
+
+
+class Follower:
+    """A node joined to a brain without a network: the brain's stream and the node's receiver, hand to hand."""
+
+    def __init__(self, store: Store, holdings: Holdings) -> None:
+        known = {uid: held.model.digest for uid, held in holdings.tenants.items()}
+        self.stream = Stream(
+            Greeting("n", "", known),
+            peer="",
+            version="",
+            store=store,
+            placement=Placed({"n": ["acme-1"]}),
+            admission=Admission(slots=1, lease=60),
+            wake=lambda: None,
+        )
+        store.subscribe(self.stream.mark)
+        self.receiver = Receiver(holdings=holdings, sink=lambda _: None, outbox=Outbox(lambda: None), call_later=_never)
+        self.receiver.start("n", "")
+        self.kinds: list[str] = []
+
+    def take(self, most: int = 10_000) -> None:
+        while most and (message := self.stream.next_message()) is not None:
+            self.kinds.append(message.kind)
+            self.receiver.receive(message.data)
+            most -= 1
+
+
+def _never(_: float, __: object) -> asyncio.TimerHandle:
+    raise AssertionError("nothing is refused here")
+
+
+_update = st.tuples(st.just("update"), st.lists(ports, max_size=3), st.lists(keys, max_size=2))
+_replace = st.tuples(st.just("replace"), st.lists(ports, max_size=6))
+_read = st.tuples(st.just("read"), st.integers(1, 3))
+_other = st.tuples(st.sampled_from(["reconnect", "restart", "stale", "removed"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(_update | _update | _replace | _read | _other, max_size=15), st.sampled_from([200, 1 << 20]))
+def test_a_node_that_follows_holds_what_the_brain_holds(steps: list[tuple], room: int) -> None:  # type: ignore[type-arg]
+    async def follow() -> None:
+        store, holdings = synced(), Holdings()
+        follower = Follower(store, holdings)
+        for name, *arguments in steps:
+            match name:
+                case "update":
+                    store.update("acme-1", *arguments)
+                case "replace":
+                    store.replace("acme-1", *arguments)
+                case "read":  # behind: only some of what there is to read
+                    follower.take(*arguments)
+                case "reconnect":
+                    follower = Follower(store, holdings)
+                case "restart":
+                    store = synced(*store.tenants()["acme-1"].model)
+                    follower = Follower(store, holdings)
+                case "stale":
+                    store.set_stale("acme-1", 3.0, "down")
+                case "removed":
+                    store.remove_tenant("acme-1")
+                    store.add_tenant(ACME)
+                    store.set_synced("acme-1")
+        follower.take()
+        wanted, held = store.tenants()["acme-1"], holdings.tenants["acme-1"]
+        assert dict(held.model.ports) == dict(wanted.model.ports)
+        assert held.model.digest == wanted.model.digest == TenantModel(wanted.model).digest
+        assert held.synced
+        assert wanted.octets == sum(map(port_bound, wanted.model))
+        assert held.stale_since == wanted.stale_since
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_module, "HISTORY_OCTETS", room)
+        asyncio.run(follow())
+
+
+def test_revisions_count_changes_of_content_only() -> None:
+    store = synced(service_port("web", 1))
+    stored = store.tenants()["acme-1"]
+    assert stored.revision == 1
+    assert store.update("acme-1", [service_port("web", 1)], [key("unknown")]) is None
+    assert store.replace("acme-1", [service_port("web", 1)]) is None
+    assert stored.revision == 1
+    assert store.update("acme-1", [service_port("web", 2)], []) == 2
+    assert store.replace("acme-1", []) == 3
+    assert stored.updated_at == 1700000000.0
+    assert stored.octets == 0
+
+
+def test_subscribers_are_told_of_changes_and_of_nothing_else() -> None:
+    store, told = synced(), list[str]()
+    cancel = store.subscribe(told.append)
+    store.add_tenant(ACME)
+    store.set_synced("acme-1")
+    store.set_stale("acme-1", None)
+    store.remove_tenant("unknown")
+    assert told == []
+    store.add_tenant(Tenant("acme-1", "renamed"))
+    store.set_stale("acme-1", 1.0, "down")
+    store.update("acme-1", [service_port("web", 1)], [])
+    store.remove_tenant("acme-1")
+    assert told == ["acme-1"] * 4
+    cancel()
+    store.add_tenant(ACME)
+    assert len(told) == 4
+
+
+def test_an_unknown_tenant_is_named() -> None:
+    with pytest.raises(UnknownTenant, match="'nobody' is not in the store"):
+        Store().update("nobody", [], [])
+
+
+def test_a_removed_tenant_is_gone_and_an_unknown_one_is_not() -> None:
+    store = synced()
+    assert not store.gone("acme-1")
+    assert not store.gone("other")
+    store.remove_tenant("acme-1")
+    assert store.gone("acme-1")
+    store.add_tenant(ACME)
+    assert not store.gone("acme-1")
+
+
+def test_all_who_hold_the_same_get_the_same_bytes() -> None:
+    store = synced(service_port("web", *range(100)))
+    stored = store.tenants()["acme-1"]
+    before = stored.model.digest
+    store.update("acme-1", [service_port("web", *range(101))], [])
+    first, second = stored.delta(before), stored.delta(before)
+    assert first is not None
+    assert second is not None
+    assert first.message is second.message
+    assert stored.snapshot().part(0) is stored.snapshot().part(0)
+
+
+def test_a_snapshot_is_shared_while_a_small_delta_leads_on_from_it() -> None:
+    store = synced(*[service_port(f"svc-{n}", *range(100), number=n) for n in range(50)])
+    stored = store.tenants()["acme-1"]
+    snapshot = stored.snapshot()
+    store.update("acme-1", [service_port("svc-1", *range(101), number=1)], [])
+    assert stored.snapshot() is snapshot
+    store.replace("acme-1", [service_port(f"svc-{n}", *range(50), number=n) for n in range(50)])
+    assert stored.snapshot() is not snapshot
+
+
+def test_a_rollback_leads_back_by_the_shortest_way() -> None:
+    one, two = service_port("web", 1), service_port("web", 2)
+    store = synced(one)
+    stored = store.tenants()["acme-1"]
+    digest = stored.model.digest
+    for port in (two, one, two, one):
+        store.update("acme-1", [port], [])
+    assert stored.model.digest == digest
+    store.update("acme-1", [service_port("web", 3)], [])
+    delta = stored.delta(digest)
+    assert delta is not None
+    message = distribution_pb2.BrainMessage.FromString(delta.message).delta
+    assert len(message.operations) == 1
+    assert (getattr(message, "from"), message.to) == (5, 6)
+
+
+def test_a_long_way_is_cut_into_messages_of_bounded_size() -> None:
+    store = synced(*[service_port(f"svc-{n}", *range(1000), number=n) for n in range(100)])
+    stored = store.tenants()["acme-1"]
+    digest = stored.model.digest
+    for n in range(40):
+        store.update("acme-1", [service_port(f"svc-{n}", *range(2000, 2500), number=n)], [])
+    count = 0
+    while digest != stored.model.digest:
+        delta = stored.delta(digest)
+        assert delta is not None
+        assert len(delta.message) <= CHUNK_OCTETS + 200
+        digest = delta.after.digest
+        count += 1
+    assert count > 1
+
+
+def test_history_is_bounded() -> None:
+    store = synced()
+    stored = store.tenants()["acme-1"]
+    for n in range(3000):
+        store.update("acme-1", [service_port("web", n)], [])
+    assert len(stored.history) == store_module.HISTORY_COUNT
+    for n in range(200):
+        store.update("acme-1", [service_port("web", *range(n, n + 500))], [])
+        store.update("acme-1", [], [key("web")])
+    assert stored.history.octets <= store_module.HISTORY_OCTETS
+
+
+def test_timing_of_a_delta_is_that_of_its_oldest_change() -> None:
+    store = synced(service_port("web", 1))
+    stored = store.tenants()["acme-1"]
+    digest = stored.model.digest
+    store.update("acme-1", [service_port("web", 2)], [], Timing(event=50, received=60, compiled=70))
+    store.update("acme-1", [service_port("web", 3)], [], Timing(event=0, received=80, compiled=90))
+    store.update("acme-1", [service_port("web", 4)], [])
+    delta = stored.delta(digest)
+    assert delta is not None
+    assert delta.timing == Timing(50, 60, 70)

@@ -1,0 +1,187 @@
+"""Flows are forgotten as kube-proxy forgets them, and never those of another zone."""
+
+import contextlib
+import errno
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+from vcproxy_nftables import conntrack, wire
+from vcproxy_nftables.conntrack import Conntrack, Support, Target
+from vcproxy_nftables.netlink import NetlinkError
+
+pytestmark = pytest.mark.packets
+
+UDP, TCP = socket.IPPROTO_UDP, socket.IPPROTO_TCP
+
+
+def at(address: str, port: int) -> Target:
+    return ipaddress.ip_address(address).packed, port
+
+
+DNS, DNS6, OTHER = at("10.96.0.10", 53), at("fd00::10", 53), at("10.96.0.11", 53)
+A, B, C = at("10.1.0.1", 53), at("10.1.0.2", 53), at("10.1.0.3", 5353)
+A6, B6 = at("fd01::1", 53), at("fd01::2", 53)
+
+
+@pytest.fixture
+def tracker(namespace: None) -> Iterator[Conntrack]:
+    with contextlib.closing(Conntrack()) as made:
+        made._channel.request(kind=conntrack._DELETE, family=socket.AF_UNSPEC)  # the namespace is the test's own
+        yield made
+
+
+class Clients:
+    """Makes flows of ever new clients."""
+
+    def __init__(self, tracker: Conntrack) -> None:
+        self._channel = tracker._channel
+        self._count = 0
+
+    def dial(
+        self, destination: Target, endpoint: Target, *, zone: int = 0, flat: bool = False, protocol: int = UDP
+    ) -> None:
+        """One flow, translated to the endpoint; `flat`: with the zone in the original direction only."""
+        self._count += 1
+        prefix = bytes([172, 16]) if len(destination[0]) == 4 else bytes([0xFD, 2, *bytes(12)])
+        client = prefix + struct.pack(">H", self._count), 40_000
+        own_zone = wire.attribute(conntrack._TUPLE_ZONE, struct.pack(">H", zone)) if flat else b""
+        payload = (
+            conntrack._tuple(conntrack._TUPLE_ORIG, protocol, client, destination, own_zone)
+            + conntrack._tuple(conntrack._TUPLE_REPLY, protocol, endpoint, client)
+            + wire.attribute(conntrack._TIMEOUT, struct.pack(">I", 600))
+            + (b"" if flat else conntrack._zone(zone))
+        )
+        if protocol == TCP:
+            payload += wire.nest(4, wire.nest(1, wire.attribute(1, b"\3")))  # CTA_PROTOINFO: established
+        family = socket.AF_INET if len(destination[0]) == 4 else socket.AF_INET6
+        flags = wire.NLM_F_CREATE | wire.NLM_F_EXCL
+        _, verdict = self._channel.request(kind=conntrack._NEW, family=family, payload=payload, flags=flags)
+        assert verdict.error == 0, errno.errorcode[verdict.error]
+
+
+@pytest.fixture
+def clients(tracker: Conntrack) -> Clients:
+    return Clients(tracker)
+
+
+def count(tracker: Conntrack, zone: int, *, protocol: int = UDP, destination: Target | None = None) -> int:
+    families = (socket.AF_INET, socket.AF_INET6)
+    if destination is not None:
+        families = (socket.AF_INET,) if len(destination[0]) == 4 else (socket.AF_INET6,)
+    return sum(
+        len(tracker.flows(zone=zone, protocol=protocol, family=family, destination=destination)) for family in families
+    )
+
+
+def test_this_kernel_honours_zones_and_filters_and_the_probe_leaves_nothing(tracker: Conntrack) -> None:
+    assert tracker.probe() == Support(zones=True, filters=True)
+    for zone in (0, 65_534, 65_535):
+        assert count(tracker, zone) == 0
+
+
+def test_a_flow_is_read_as_it_was_made(tracker: Conntrack, clients: Clients) -> None:
+    clients.dial(DNS, A, zone=7)
+    clients.dial(DNS, C, zone=8, flat=True)
+    (overlay,) = tracker.flows(zone=7, protocol=UDP, family=socket.AF_INET)
+    (flat,) = tracker.flows(zone=8, protocol=UDP, family=socket.AF_INET, destination=DNS)
+    assert overlay[:5] == (7, UDP, at("172.16.0.1", 40_000), DNS, A)
+    assert flat[:5] == (8, UDP, at("172.16.0.2", 40_000), DNS, C)
+
+
+@pytest.mark.parametrize("support", [None, Support(zones=False, filters=False)], ids=["filters", "older kernel"])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("zone", [0, 7, 65_000])
+def test_flushing_a_zone_forgets_all_of_it_and_nothing_else(
+    zone: int, flat: bool, support: Support | None, tracker: Conntrack, clients: Clients
+) -> None:
+    for each in (0, 7, 8, 65_000):
+        for destination, endpoint in ((DNS, A), (DNS6, A6), (OTHER, OTHER)):
+            clients.dial(destination, endpoint, zone=each, flat=flat and each != 0)
+            clients.dial(destination, endpoint, zone=each, flat=flat and each != 0, protocol=TCP)
+    tracker._support = support
+    tracker.flush_zone(zone)
+    for each in (0, 7, 8, 65_000):
+        left = 0 if each == zone else 3
+        assert count(tracker, each) == left
+        assert count(tracker, each, protocol=TCP) == left
+    tracker.flush_zone(zone)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_flows_are_deleted_by_zone_destination_and_reply_source(
+    flat: bool, tracker: Conntrack, clients: Clients
+) -> None:
+    for zone in (7, 8):
+        for endpoint in (A, A, B, C):
+            clients.dial(DNS, endpoint, zone=zone, flat=flat)
+        clients.dial(OTHER, A, zone=zone, flat=flat)
+        clients.dial(at("10.96.0.10", 54), A, zone=zone, flat=flat)
+        clients.dial(DNS, A, zone=zone, flat=flat, protocol=TCP)
+    assert tracker.delete_flows(zone=7, protocol=UDP, destination=DNS, reply_source=A) == 2
+    assert count(tracker, 7, destination=DNS) == 2
+    assert tracker.delete_flows(zone=7, protocol=UDP, destination=DNS, reply_source=A) == 0
+    assert tracker.delete_flows(zone=7, protocol=UDP, destination=DNS) == 2
+    assert (count(tracker, 7), count(tracker, 7, protocol=TCP)) == (2, 1)
+    assert (count(tracker, 8), count(tracker, 8, protocol=TCP)) == (6, 1)
+
+
+@pytest.mark.parametrize(
+    ("serving", "gone", "left"),
+    [
+        ({DNS: {A}}, 2, {DNS: 2, OTHER: 2, DNS6: 2}),
+        ({DNS: {A, B, C}}, 0, {DNS: 4, OTHER: 2, DNS6: 2}),
+        ({DNS: set()}, 4, {DNS: 0, OTHER: 2, DNS6: 2}),
+        ({DNS: {A}, OTHER: {B}}, 3, {DNS: 2, OTHER: 1, DNS6: 2}),
+        ({DNS: {A}, DNS6: {A6}}, 3, {DNS: 2, OTHER: 2, DNS6: 1}),
+        ({at("10.96.0.99", 53): set()}, 0, {DNS: 4, OTHER: 2, DNS6: 2}),
+        ({}, 0, {DNS: 4, OTHER: 2, DNS6: 2}),
+        ({DNS: {A}} | {at(f"10.97.0.{n}", 53): {A} for n in range(9)}, 2, {DNS: 2, OTHER: 2, DNS6: 2}),
+    ],
+    ids=["one", "all serve", "no endpoint", "two", "both families", "unknown", "none", "many"],
+)
+@pytest.mark.parametrize("flat", [False, True])
+def test_flows_whose_endpoint_no_longer_serves_are_forgotten(
+    flat: bool,
+    serving: dict[Target, set[Target]],
+    gone: int,
+    left: dict[Target, int],
+    tracker: Conntrack,
+    clients: Clients,
+) -> None:
+    for zone in (7, 8):
+        for destination, endpoint in ((DNS, A), (DNS, A), (DNS, B), (OTHER, B), (OTHER, OTHER), (DNS6, A6), (DNS6, B6)):
+            clients.dial(destination, endpoint, zone=zone, flat=flat)
+        clients.dial(DNS, DNS, zone=zone, flat=flat)  # began before there was an endpoint
+    assert tracker.reconcile(zone=7, protocol=UDP, serving=serving) == gone
+    assert {destination: count(tracker, 7, destination=destination) for destination in left} == left
+    assert count(tracker, 8) == 8
+
+
+@pytest.mark.parametrize("support", [None, Support(zones=False, filters=False)], ids=["filters", "older kernel"])
+def test_the_many_flows_of_one_endpoint_are_forgotten_alike(
+    support: Support | None, tracker: Conntrack, clients: Clients
+) -> None:
+    for _ in range(conntrack._MANY + 1):
+        clients.dial(DNS, A, zone=7)
+    for _ in range(3):
+        clients.dial(DNS, B, zone=7)
+        clients.dial(DNS, A, zone=8)
+        clients.dial(OTHER, A, zone=7)
+    tracker._support = support
+    assert tracker.reconcile(zone=7, protocol=UDP, serving={DNS: {B}}) == conntrack._MANY + 1
+    assert (count(tracker, 7, destination=DNS), count(tracker, 7, destination=OTHER), count(tracker, 8)) == (3, 3, 3)
+
+
+@pytest.mark.parametrize("zone", [-1, 65_536])
+def test_a_zone_has_16_bits(zone: int, tracker: Conntrack) -> None:
+    with pytest.raises(ValueError, match="no conntrack zone"):
+        tracker.flush_zone(zone)
+
+
+def test_what_the_kernel_refuses_is_raised(tracker: Conntrack) -> None:
+    with pytest.raises(NetlinkError, match="cannot delete a flow: EINVAL") as caught:
+        tracker._delete(socket.AF_INET, conntrack._tuple(conntrack._TUPLE_ORIG, UDP, None, DNS))
+    assert caught.value.errno == errno.EINVAL

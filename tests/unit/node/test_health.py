@@ -1,0 +1,163 @@
+"""Health: what makes the node unhealthy, what is one tenant's own trouble, and what is on the wire."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.fakes.backend import broken
+from tests.unit.node.conftest import FACTS, MakeRig, Rig, service_port
+from vcproxy.model.addresses import parse_address, parse_prefix
+from vcproxy.model.node import NodeFacts
+from vcproxy.node import health
+from vcproxy.node.config import DetectLocal, NodeConfiguration
+from vcproxy.node.health import Health
+from vcproxy.node.holdings import Held, Tenant
+from vcproxy.node.look import health_of, status_of
+from vcproxy.node.nodestate import node_rules, node_state
+from vcproxy.ops import metrics
+from vcproxy.ops.configfile import ConfigError
+
+WEB = service_port("web", "10.0.1.1")
+
+
+def late(rig: Rig) -> set[str]:
+    return set(health_of(rig.agent).late)
+
+
+async def test_a_node_without_queued_updates_is_healthy_however_long_nothing_happens(make_rig: MakeRig) -> None:
+    rig = await make_rig(facts=FACTS)
+    await rig.settle(after=10_000)
+    assert late(rig) == set()
+
+
+async def test_an_update_that_nobody_takes_up_makes_the_node_unhealthy_after_the_timeout(make_rig: MakeRig) -> None:
+    rig = await make_rig(facts=FACTS)
+    rig.sync("acme", WEB)
+    rig.clock.now += 59
+    assert late(rig) == set()
+    rig.clock.now += 2
+    assert late(rig) == {"acme", "attach"}
+    await rig.settle()
+    assert late(rig) == set()
+
+
+async def test_a_tenant_that_fails_while_others_are_served_does_not_make_the_node_unhealthy(make_rig: MakeRig) -> None:
+    rig = await make_rig(facts=FACTS)
+    rig.backend.fail = broken("apply", uid="acme")
+    rig.sync("acme", WEB)
+    await rig.settle()
+    await rig.settle(after=30)
+    rig.sync("beta", WEB)
+    await rig.settle(after=1)
+    for _ in range(10):
+        await rig.settle(after=10)
+    assert late(rig) == set()
+    assert [row["error"] for row in status_of(rig.agent)["tenants"]] == ["apply fails on order", ""]
+    assert status_of(rig.agent)["healthy"] is False
+
+
+async def test_failures_without_a_success_in_between_make_the_node_unhealthy(make_rig: MakeRig) -> None:
+    rig = await make_rig(facts=FACTS)
+    rig.backend.fail = broken("apply")
+    rig.sync("acme", WEB)
+    rig.sync("beta", WEB)
+    for _ in range(10):
+        await rig.settle(after=10)
+    assert late(rig) == {"acme", "beta"}
+
+
+async def test_a_duty_of_the_node_that_fails_makes_it_unhealthy(make_rig: MakeRig) -> None:
+    rig = await make_rig(facts=FACTS)
+    rig.backend.fail = broken("set_node")
+    rig.facts(NodeFacts(addresses=(parse_address("192.168.0.9"),)))
+    for _ in range(10):
+        await rig.settle(after=10)
+    assert late(rig) == {"node"}
+
+
+async def test_ready_once_every_tenant_is_programmed(make_rig: MakeRig) -> None:
+    rig = await make_rig()
+    assert health_of(rig.agent).waiting_for == "the brain to name this node's tenants"
+    rig.complete("acme")
+    rig.sync("acme", WEB)
+    assert health_of(rig.agent).waiting_for == "1 tenants to be programmed for the first time"
+    await rig.settle()
+    assert health_of(rig.agent).waiting_for == ""
+    rig.holdings.put(Held(Tenant("new", "new")))
+    assert health_of(rig.agent).waiting_for == "", "a tenant that the brain has not synced is not this node's to await"
+
+
+@pytest.fixture
+async def ask() -> AsyncIterator[Any]:
+    state = Health({}, 0.0)
+
+    async def get(path: str, now: Health) -> tuple[int, dict[str, Any]]:
+        nonlocal state
+        state = now
+        async with session.get(f"http://{address}{path}") as answer:
+            return answer.status, await answer.json()
+
+    async with (
+        metrics.serve("127.0.0.1:0", health.handlers(lambda: state)) as address,
+        aiohttp.ClientSession() as session,
+    ):
+        yield get
+
+
+@pytest.mark.parametrize(
+    ("now", "healthz", "readyz"),
+    [
+        (Health({}, 5.0), 200, 200),
+        (Health({}, 5.0, "tenants"), 200, 503),
+        (Health({"acme": 61.04}, 5.0), 503, 503),
+    ],
+)
+async def test_status_codes(ask: Any, now: Health, healthz: int, readyz: int) -> None:
+    for path, wanted in (("/healthz", healthz), ("/livez", healthz), ("/readyz", readyz)):
+        status, body = await ask(path, now)
+        assert status == wanted
+        assert body["healthy"] is (not now.late)
+        assert body["late"] == {name: round(seconds, 1) for name, seconds in now.late.items()}
+        assert (body["lastUpdated"] == body["currentTime"]) is (not now.late)
+
+
+NODE_FACTS = NodeFacts(
+    addresses=(parse_address("192.168.0.2"), parse_address("127.0.0.1")), pod_ranges=(parse_prefix("10.0.1.0/24"),)
+)
+KERNEL = [parse_address(text) for text in ("192.168.0.2", "192.168.1.2", "10.9.0.1", "127.0.0.1", "::1")]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "addresses"),
+    [
+        (("primary",), ["192.168.0.2"]),
+        (("192.168.0.0/16",), ["192.168.0.2", "192.168.1.2"]),
+        (("primary", "10.0.0.0/8"), ["10.9.0.1", "192.168.0.2"]),
+        (("0.0.0.0/0", "::/0"), ["10.9.0.1", "192.168.0.2", "192.168.1.2"]),
+        ((), []),
+    ],
+)
+def test_node_port_addresses(accepted: tuple[str, ...], addresses: list[str]) -> None:
+    rules = node_rules(NodeConfiguration(node_port_addresses=accepted))
+    assert node_state(rules, NODE_FACTS, KERNEL).node_addresses == tuple(map(parse_address, addresses))
+
+
+@pytest.mark.parametrize(
+    ("detector", "facts", "local"),
+    [
+        (DetectLocal(mode="ClusterCIDR", cluster_cidrs=("10.0.0.0/16",)), NODE_FACTS, (parse_prefix("10.0.0.0/16"),)),
+        (DetectLocal(mode="ClusterCIDR"), NODE_FACTS, None),
+        (DetectLocal(mode="NodeCIDR"), NODE_FACTS, (parse_prefix("10.0.1.0/24"),)),
+        (DetectLocal(mode="NodeCIDR"), NodeFacts(), None),
+        (DetectLocal(mode="None", cluster_cidrs=("10.0.0.0/16",)), NODE_FACTS, None),
+    ],
+)
+def test_detect_local(detector: DetectLocal, facts: NodeFacts, local: object) -> None:
+    assert node_state(node_rules(NodeConfiguration(detect_local=detector)), facts, ()).local_sources == local
+
+
+def test_a_range_that_is_none_is_named() -> None:
+    with pytest.raises(ConfigError, match="nodePortAddresses: 'prmary'"):
+        node_rules(NodeConfiguration(node_port_addresses=("prmary",)))

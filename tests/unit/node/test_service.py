@@ -1,0 +1,88 @@
+"""The node agent as a process would run it, with the brain down and a backend in memory."""
+
+import asyncio
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.fakes.backend import FakeBackend, Kernel
+from tests.unit.node.conftest import FACTS, NODE, service_port
+from vcproxy.model.tenant import Tenant, TenantModel
+from vcproxy.node.cache import Cache
+from vcproxy.node.config import Attachment, BrainAddress, NodeConfiguration
+from vcproxy.node.holdings import Held, Holdings
+from vcproxy.node.service import NodeAgent
+from vcproxy.ops import admin
+from vcproxy.ops.configfile import ConfigError
+
+WEB = service_port("web", "10.0.1.1")
+
+
+@pytest.fixture
+def config(tmp_path: Path, unused_tcp_port: int) -> NodeConfiguration:
+    return NodeConfiguration(
+        node_name=NODE,
+        brain=BrainAddress(addresses=("127.0.0.1:1",), cert_file="/nowhere", key_file="/nowhere", ca_file="/nowhere"),
+        state_directory=str(tmp_path / "state"),
+        admin_socket=str(tmp_path / "node.sock"),
+        metrics_address="",
+        health_address=f"127.0.0.1:{unused_tcp_port}",
+    )
+
+
+async def remember(config: NodeConfiguration) -> None:
+    holdings = Holdings()
+    cache = Cache(Path(config.state_directory), node=NODE, holdings=holdings)
+    holdings.put(Held(Tenant("acme", "Acme"), TenantModel([WEB]), 3, "brain-1", synced=True))
+    cache.keep("acme")
+    cache.keep_node(FACTS, {})
+    await cache.flush()
+
+
+async def test_a_node_that_starts_with_the_brain_down_forwards_what_it_had(config: NodeConfiguration) -> None:
+    await remember(config)
+    kernel, stop = Kernel(), asyncio.Event()
+    backend = FakeBackend(kernel=kernel)
+    async with asyncio.TaskGroup() as group, aiohttp.ClientSession() as client:
+        running = group.create_task(NodeAgent(config, backend=backend).run(stop))
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    async with client.get(f"http://{config.health_address}/readyz") as answer:
+                        if answer.status == 200:
+                            break
+                except aiohttp.ClientError:
+                    pass
+                assert not running.done()
+                await asyncio.sleep(0.01)  # a socket that is not there yet has no event
+        assert list(kernel.tables["acme"]) == [WEB.key]
+        assert kernel.node.node_addresses == FACTS.addresses
+        async with asyncio.timeout(10):
+            while not Path(config.admin_socket).is_socket():  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.01)
+        status = await admin.fetch(config.admin_socket, "/status")
+        assert status["role"] == "node"
+        assert status["healthy"] is True
+        assert status["brain"] is None
+        assert [row["service"] for row in await admin.fetch(config.admin_socket, "/services", {"tenant": "Acme"})] == [
+            "web"
+        ]
+        with pytest.raises(admin.AdminError, match="not on this node"):
+            await admin.fetch(config.admin_socket, "/services", {"tenant": "nobody"})
+        stop.set()
+    assert list(kernel.tables["acme"]) == [WEB.key], "what was programmed stays"
+    assert not Path(config.admin_socket).exists()
+    assert not backend.opened
+
+
+def test_an_attachment_is_one_thing(config: NodeConfiguration) -> None:
+    with pytest.raises(ConfigError, match=r"attachments\[0\]"):
+        NodeAgent(NodeConfiguration(node_name=NODE, attachments=(Attachment(),)), backend=FakeBackend())
+
+
+async def test_an_address_in_use_is_named(config: NodeConfiguration) -> None:
+    server = await asyncio.start_server(lambda reader, writer: None, *config.health_address.split(":"))
+    async with server:
+        with pytest.RaisesGroup(pytest.RaisesExc(ConfigError, match=f"healthAddress {config.health_address}")):
+            await NodeAgent(config, backend=FakeBackend()).run(asyncio.Event())

@@ -1,0 +1,5 @@
+"""`python -m vcproxy` is `vcproxy`."""
+
+from vcproxy.cli.main import main
+
+main()

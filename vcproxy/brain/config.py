@@ -1,0 +1,94 @@
+"""BrainConfiguration: the brain's configuration file."""
+
+from typing import Annotated
+
+from msgspec import Meta, field
+
+from vcproxy.ops.configfile import Section
+
+
+class Listen(Section, frozen=True):
+    """Where nodes connect, and the certificates of both sides."""
+
+    address: Annotated[str, Meta(description="host:port; the host may be an IP address or a name")] = "0.0.0.0:7443"
+    cert_file: Annotated[str, Meta(description="the brain's certificate, PEM; re-read when it changes")] = (
+        "/etc/vcproxy/tls/tls.crt"
+    )
+    key_file: Annotated[str, Meta(description="its key, PEM")] = "/etc/vcproxy/tls/tls.key"
+    client_ca_file: Annotated[str, Meta(description="the CA that signs the nodes' certificates, PEM")] = field(
+        name="clientCAFile", default="/etc/vcproxy/tls/ca.crt"
+    )
+
+
+class SuperCluster(Section, frozen=True):
+    """The cluster that owns the nodes."""
+
+    kubeconfig: Annotated[
+        str | None, Meta(description="path of a kubeconfig; empty: the in-cluster service account")
+    ] = None
+    services: Annotated[bool, Meta(description="proxy its own Services, as tenant `super`")] = True
+
+
+class DirectorySource(Section, frozen=True):
+    """A folder with one NAME.kubeconfig, or one folder NAME of manifests, per tenant."""
+
+    path: Annotated[str, Meta(description="the folder; watched")] = "/etc/vcproxy/tenants"
+
+
+class TenantSource(Section, frozen=True):
+    """One place where tenants are found; exactly one field is set."""
+
+    directory: DirectorySource | None = None
+
+
+class Limits(Section, frozen=True):
+    """What one tenant may use; beyond it the last good state stays and the tenant is marked degraded."""
+
+    services: int = 10_000
+    endpoints: int = 100_000
+    endpoints_per_service: int = 5_000
+    object_bytes: Annotated[int, Meta(description="largest object read from a tenant's API server")] = 1 << 20
+    events_per_second: int = 500
+
+
+class TenantPolicy(Section, frozen=True):
+    """What a tenant may ask for."""
+
+    virtual_ip_ranges: Annotated[
+        tuple[str, ...],
+        Meta(description="CIDRs that ClusterIPs must lie in; empty: any address but those never allowed"),
+    ] = field(name="virtualIPRanges", default=())
+    external_ip_ranges: Annotated[
+        tuple[str, ...],
+        Meta(description="CIDRs that external and load-balancer IPs must lie in; empty: tenants get none"),
+    ] = field(name="externalIPRanges", default=())
+    node_ports: Annotated[bool, Meta(description="tenants may have NodePorts on the shared nodes' addresses")] = False
+    limits: Limits = Limits()
+
+
+class Tenants(Section, frozen=True):
+    """Where tenants come from and what they may do."""
+
+    sources: tuple[TenantSource, ...] = (TenantSource(directory=DirectorySource()),)
+    policy: TenantPolicy = TenantPolicy()
+    linger_seconds: Annotated[
+        float, Meta(description="how long a node keeps a tenant after the last of its pods there")
+    ] = 120.0
+
+
+class BrainConfiguration(Section, frozen=True):
+    """The brain."""
+
+    listen: Listen = Listen()
+    super_cluster: Annotated[
+        SuperCluster | None, Meta(description="null: no super cluster; then tenants' own manifests say where pods run")
+    ] = SuperCluster()
+    tenants: Tenants = Tenants()
+    admin_socket: Annotated[str, Meta(description="unix socket behind status and get")] = "/run/vcproxy/brain.sock"
+    metrics_address: Annotated[str, Meta(description="host:port of /metrics, /healthz and /readyz; empty: none")] = (
+        "127.0.0.1:7449"
+    )
+    log_level: Annotated[
+        str, Meta(description="debug, info, warning or error", pattern="^(debug|info|warning|error)$")
+    ] = "info"
+    log_format: Annotated[str, Meta(description="json or text", pattern="^(json|text)$")] = "json"

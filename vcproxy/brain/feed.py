@@ -1,0 +1,263 @@
+"""One tenant from its objects to the store: the unit of isolation in the brain.
+
+A feed owns its tenant's input, inbox and compiler. Whatever goes wrong in it (an API server away, a flood, a fault of
+ours) ends here: the store keeps the tenant's last good content, the tenant is marked, the feed starts anew after a
+while, and no other feed notices.
+
+    input --events--> inbox --batch--> compiler --change--> store
+
+The loop is shared by all tenants, so a feed works in slices of a few milliseconds and then lets others run. A batch is
+read completely before anything of it is compiled, and compiled completely before the next one is taken: what the store
+sees are consistent steps, each service port as new as the batch.
+
+Empty and unknown are different things. The tenant becomes `synced` in the store when Services and EndpointSlices have
+both been listed completely and compiled (and ServiceCIDRs, if the server has them). An API server that is away never
+empties anything; but a complete list that is empty (an etcd that was wiped) is the truth, and deletes.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import msgspec
+
+from vcproxy.brain.compiler import Compiler, Key
+from vcproxy.brain.compiler import Kind as Compiled
+from vcproxy.brain.guard import Policy, Reason, Refusal, judge_virtual_ranges
+from vcproxy.brain.inbox import GONE, Batch, Inbox
+from vcproxy.brain.sources import Input, Kind
+from vcproxy.brain.store import Store
+from vcproxy.kube import shapes
+from vcproxy.kube.backoff import Backoff
+from vcproxy.kube.errors import ShapeError
+from vcproxy.kube.reflector import Broken, Deleted, Event, Listed, Recovered, Upserted
+from vcproxy.model.addresses import AddressError, Prefix, parse_prefix
+from vcproxy.model.tenant import Tenant
+from vcproxy.model.timing import Timing
+from vcproxy.ops import logs, metrics
+
+SLICE_SECONDS = 0.004
+"""How long a feed works before it lets other tasks run."""
+RELIST_SECONDS = 60.0
+"""At most this often a list is asked for because a tenant at its limits has made room."""
+LOGGED_REFUSALS = 50
+"""Refusals that one feed writes to the log; all are counted and shown by `explain`."""
+
+_log = logs.get("feed")
+
+
+class Feed:
+    """Keeps one tenant in `store` up to date from `source`; `await run()` within a TaskGroup.
+
+    `events_per_second`: how many changes are compiled on average, 0 for any; beyond it changes of one object coalesce
+    for longer. `observe`: gets every event too, after the feed took it (placement reads slices there).
+    """
+
+    def __init__(
+        self,
+        tenant: Tenant,
+        source: Input,
+        *,
+        store: Store,
+        policy: Policy,
+        events_per_second: int = 0,
+        observe: Callable[[Kind, Event[Any]], None] = lambda kind, event: None,
+        backoff: Backoff | None = None,
+    ) -> None:
+        self.tenant = tenant
+        self.source = source
+        self.policy = policy
+        self.restarts = 0
+        self.last_error = ""
+        self._store = store
+        self._observe = observe
+        self._rate = events_per_second
+        self._backoff = backoff or Backoff(base=0.5, cap=60.0, uniform=random.uniform)
+        self._broken: dict[Kind, Broken] = {}
+        self._ranges: dict[Key, tuple[Prefix, ...]] = {}
+        self._logged = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Empty hands: everything is listed and compiled anew. What the store holds stays until then."""
+        self.compiler = Compiler(self.policy, noticed=self._notice)
+        self._batch: Batch | None = None
+        self._inbox = Inbox(held=self._held, wall_ns=time.time_ns)
+        self._arrived = asyncio.Event()
+        self._complete = False
+        self._ranges_known = False
+        self._broken.clear()
+        self._set_ranges()
+
+    async def run(self) -> NoReturn:
+        """Follow the tenant for ever. Nothing but cancellation comes out."""
+        while True:
+            began, relist = time.monotonic(), False
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self.source.run(self.take))
+                    group.create_task(self._compile())
+            except* _Relist:
+                relist = True
+            except* Exception as errors:
+                self.restarts += 1
+                self.last_error = _summary(errors)
+                _log.error("feed failed, starting anew", tenant=self.tenant.uid, exc_info=errors)
+            if relist:
+                continue
+            self._store.set_stale(self.tenant.uid, time.time(), f"internal error: {self.last_error}")
+            if time.monotonic() - began > 60:
+                self._backoff.reset()
+            await asyncio.sleep(self._backoff.next())
+            self._begin()
+            self._store.set_stale(self.tenant.uid, None)
+
+    def take(self, kind: Kind, event: Event[Any]) -> None:
+        """One event of the input: remembered at once, compiled soon."""
+        if kind == "ServiceCIDR" and isinstance(event, Listed | Broken):
+            self._ranges_known = True  # or never will be: the server has none
+            self._arrived.set()
+        match event:
+            case Broken():
+                self._broken[kind] = event
+                self._judge_health()
+            case Recovered():
+                self._broken.pop(kind, None)
+                self._judge_health()
+            case _ if kind == "Service" or kind == "EndpointSlice":
+                self._inbox.take(kind, event)
+                self._arrived.set()
+            case _ if kind == "ServiceCIDR":
+                self._take_ranges(event)
+        self._observe(kind, event)
+
+    # --- content ------------------------------------------------------------------------------------------------------
+
+    async def _compile(self) -> NoReturn:
+        """Batch after batch."""
+        allowance, last = float(self._rate), time.monotonic()
+        relisted = time.monotonic()
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            self._batch = self._inbox.drain()
+            await self._read(self._batch)
+            await self._emit(self._batch.timing)
+            metrics.EVENTS.labels(self.tenant.uid).inc(len(self._batch.items))
+            events, self._batch = self._batch.events, None
+            if self.compiler.starved and time.monotonic() - relisted > RELIST_SECONDS:
+                raise _Relist
+            if self._rate:
+                now = time.monotonic()
+                allowance = min(self._rate, allowance + (now - last) * self._rate) - events
+                last = now
+                if allowance < 0:
+                    await asyncio.sleep(-allowance / self._rate)
+
+    async def _read(self, batch: Batch) -> None:
+        clock, compiler = _Slice(), self.compiler
+        for (kind, key), item in batch.items.items():
+            if item == GONE:
+                compiler.delete(kind, key)
+            elif isinstance(item, ShapeError):
+                compiler.malformed(kind, item)
+            else:
+                compiler.put(item)
+            if clock.spent():
+                await asyncio.sleep(0)
+                clock = _Slice()
+        for kind in batch.listed:
+            compiler.listed(kind)
+
+    async def _emit(self, timing: Timing) -> None:
+        """Compile what the batch made dirty into the store."""
+        uid, compiler, store = self.tenant.uid, self.compiler, self._store
+        while compiler.ready and not compiler.clean:
+            change = compiler.flush(_Slice().spent)
+            compiled = msgspec.structs.replace(timing, compiled=time.time_ns())
+            if store.update(uid, change.put, change.removed, compiled) is not None:
+                metrics.COMPILE.observe(max(0, compiled.compiled - compiled.received) / 1e9)
+            await asyncio.sleep(0)
+        if compiler.ready and self._ranges_known and not self._complete:
+            self._complete = True
+            emitted = compiler.emitted()
+            gone = [key for key in store.tenants()[uid].model.ports if key not in emitted]
+            store.update(uid, (), gone, timing)
+            store.set_synced(uid)
+
+    def _held(self, kind: Compiled) -> Iterable[Key]:
+        yield from self.compiler.keys(kind)
+        if self._batch is not None:
+            yield from [key for said, key in self._batch.items if said == kind]
+
+    # --- facts --------------------------------------------------------------------------------------------------------
+
+    def _take_ranges(self, event: Event[shapes.ServiceCIDR]) -> None:
+        match event:
+            case Listed(objects, errors):
+                kept = {error.key for error in errors}
+                if None not in kept:
+                    self._ranges = {key: held for key, held in self._ranges.items() if key in kept}
+                self._ranges |= {found.key: _prefixes(found) for found in objects}
+            case Upserted(found):
+                self._ranges[found.key] = _prefixes(found)
+            case Deleted(key):
+                self._ranges.pop(key, None)
+            case _:
+                return
+        self._set_ranges()
+
+    def _set_ranges(self) -> None:
+        asked = [prefix for prefixes in self._ranges.values() for prefix in prefixes]
+        self.tenant = msgspec.structs.replace(self.tenant, virtual_ranges=judge_virtual_ranges(asked, self.policy))
+        self._store.add_tenant(self.tenant)
+
+    def _judge_health(self) -> None:
+        """Stale if Services or EndpointSlices cannot be followed; ServiceCIDRs are a nicety (absent before 1.33)."""
+        broken = [event for kind, event in self._broken.items() if kind in ("Service", "EndpointSlice")]
+        if broken:
+            first = min(broken, key=lambda event: event.since)
+            self._store.set_stale(self.tenant.uid, first.since, str(first.error))
+        else:
+            self._store.set_stale(self.tenant.uid, None)
+
+    def _notice(self, refusal: Refusal) -> None:
+        metrics.REFUSED.labels(self.tenant.uid, refusal.reason.value).inc(refusal.count)
+        self._logged += 1
+        if self._logged <= LOGGED_REFUSALS:
+            level = "error" if refusal.reason is Reason.LIMIT else "warning"
+            getattr(_log, level)("refused", tenant=self.tenant.uid, refusal=str(refusal))
+
+
+class _Relist(Exception):
+    """A tenant at its limits has made room: what was refused is worth another look."""
+
+
+class _Slice:
+    """A share of the loop's time."""
+
+    def __init__(self) -> None:
+        self._end = time.perf_counter() + SLICE_SECONDS
+
+    def spent(self) -> bool:
+        """True when others should run."""
+        return time.perf_counter() >= self._end
+
+
+def _prefixes(found: shapes.ServiceCIDR) -> tuple[Prefix, ...]:
+    prefixes: list[Prefix] = []
+    for text in found.spec.cidrs:
+        with suppress(AddressError):  # what is no CIDR holds no address
+            prefixes.append(parse_prefix(text))
+    return tuple(prefixes)
+
+
+def _summary(errors: BaseExceptionGroup[Exception]) -> str:
+    """The innermost exceptions in one line."""
+    found: list[str] = []
+    for error in errors.exceptions:
+        found.append(_summary(error) if isinstance(error, BaseExceptionGroup) else f"{type(error).__name__}: {error}")
+    return "; ".join(found)

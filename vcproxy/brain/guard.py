@@ -1,0 +1,195 @@
+"""What a tenant may not do, decided before anything is compiled.
+
+A tenant is system:masters in its own API server: every address and port it writes is a wish, not a fact. The guard is
+the one place that says yes or no, as plain functions of a `Policy`, so that each rule is one row of a table test. It
+judges single values; the compiler leaves out what was refused and goes on with the rest, so a refused external IP
+costs the Service that external IP and nothing else.
+
+Two kinds of rules. Some addresses are never right, whoever names them, the operator's own super cluster included:
+loopback, link-local (which holds the clouds' metadata service), multicast, unspecified and reserved ones, as VIP or as
+endpoint (CVE-2021-25737, CVE-2020-8554; the checks of k8s.io/kubernetes pkg/apis/core/validation
+ValidateNonSpecialIP). The others are the operator's to grant: `UNRESTRICTED` is the super cluster's policy.
+
+Refusals are data, at most one for each (object, field, reason) with an example and a count, so that a thousand bad
+endpoints are one record: `status` and `explain` show them, metrics count them.
+"""
+
+import enum
+from collections.abc import Iterable
+
+import msgspec
+
+from vcproxy.kube.errors import printable
+from vcproxy.model.addresses import Prefix, format_address, parse_prefix
+
+LONGEST_VALUE = 64
+"""Characters of a refused value that are kept."""
+
+
+class Reason(enum.StrEnum):
+    """Why something was refused; the values are labels of a metric."""
+
+    NEVER_ALLOWED = "never-allowed"
+    OUTSIDE_VIRTUAL_RANGES = "outside-virtual-ranges"
+    EXTERNAL_IP = "external-ip-not-granted"
+    NODE_PORT = "node-port-not-granted"
+    LIMIT = "over-limit"
+    MALFORMED = "malformed"
+
+
+CURES = {
+    Reason.NEVER_ALLOWED: "use an address that is not loopback, link-local, multicast, unspecified or reserved",
+    Reason.OUTSIDE_VIRTUAL_RANGES: "use a ClusterIP inside the operator's virtualIPRanges, or ask for the range",
+    Reason.EXTERNAL_IP: "ask the operator to grant the address in externalIPRanges",
+    Reason.NODE_PORT: "ask the operator for nodePorts",
+    Reason.LIMIT: "delete objects that are no longer needed, or ask the operator for a higher limit",
+    Reason.MALFORMED: "correct the field",
+}
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Part of one object that is not used.
+
+    `kind` Service or EndpointSlice; `field` an API path ("spec.externalIPs"); `value` an example of what was refused,
+    bounded; `count` how many there are.
+    """
+
+    kind: str
+    namespace: str
+    name: str
+    field: str
+    reason: Reason
+    value: str = ""
+    count: int = 1
+    cure: str = ""
+
+    def __str__(self) -> str:
+        several = f" (and {self.count - 1} more)" if self.count > 1 else ""
+        where = f"{self.kind} {self.namespace}/{self.name}: {self.field}"
+        return f"{where}: {self.value!r}{several}: {self.reason}; {self.cure}"
+
+
+class Unusable(Exception):
+    """An object that cannot be used as a whole: its last good form stays. `field` is an API path."""
+
+    def __init__(self, field: str, value: str, *, cure: str = CURES[Reason.MALFORMED]) -> None:
+        self.field, self.value, self.cure = field, printable(value, LONGEST_VALUE), cure
+        super().__init__(f"{field}: {self.value!r}; {cure}")
+
+
+class Refusals:
+    """Collects the refusals of one object while it is read."""
+
+    def __init__(self, kind: str, namespace: str, name: str) -> None:
+        self._object = (kind, namespace, name)
+        self._found: dict[tuple[str, Reason], tuple[str, int, str]] = {}
+
+    def add(self, field: str, reason: Reason, value: str, *, cure: str = "") -> None:
+        """One more value of `field` was refused."""
+        example, count, said = self._found.get((field, reason), (printable(value, LONGEST_VALUE), 0, cure))
+        self._found[field, reason] = (example, count + 1, said)
+
+    def add_address(self, field: str, reason: Reason, address: bytes) -> None:
+        """Like `add`, of an address that could be read."""
+        self.add(field, reason, format_address(address))
+
+    def records(self) -> tuple[Refusal, ...]:
+        """All of them, in the order they were met."""
+        return tuple(
+            Refusal(*self._object, field, reason, example, count, cure or CURES[reason])
+            for (field, reason), (example, count, cure) in self._found.items()
+        )
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What one tenant may hold.
+
+    `endpoints` and `endpoints_per_service` count (address, port) pairs of slices: what compiled state costs.
+    """
+
+    services: int = 10_000
+    endpoints: int = 100_000
+    endpoints_per_service: int = 5_000
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """What the operator grants one tenant.
+
+    `virtual_ip_ranges`: where ClusterIPs must lie; None: anywhere. `external_ip_ranges`: where external and
+    load-balancer IPs must lie; None: anywhere; empty: there are none. `node_ports`: ports on the shared nodes' own
+    addresses. `limits` None: unlimited.
+    """
+
+    virtual_ip_ranges: tuple[Prefix, ...] | None = None
+    external_ip_ranges: tuple[Prefix, ...] | None = ()
+    node_ports: bool = False
+    limits: Limits | None = Limits()
+
+
+UNRESTRICTED = Policy(external_ip_ranges=None, node_ports=True, limits=None)
+"""The super cluster's: only what is never allowed is refused."""
+
+NEVER = tuple(
+    parse_prefix(text)
+    for text in (
+        "0.0.0.0/8",  # "this network", RFC 1122
+        "127.0.0.0/8",
+        "169.254.0.0/16",  # link-local and the metadata services
+        "224.0.0.0/4",
+        "240.0.0.0/4",  # reserved, and limited broadcast
+        "::/96",  # unspecified, loopback and the deprecated IPv4-compatible ones
+        "fe80::/10",
+        "ff00::/8",
+    )
+)
+# Most addresses are told by their first octet alone; endpoints come by the million.
+_SUSPECT4 = frozenset(octet for octet in range(256) if octet in (0, 127, 169) or octet >= 224)
+_SUSPECT6 = frozenset((0x00, 0xFE, 0xFF))
+
+
+def never_allowed(address: bytes) -> bool:
+    """Whether an address (4 or 16 octets) may be neither VIP nor endpoint, for anybody."""
+    if address[0] not in (_SUSPECT4 if len(address) == 4 else _SUSPECT6):
+        return False
+    return covered(address, NEVER)
+
+
+def covered(address: bytes, ranges: Iterable[Prefix]) -> bool:
+    """Whether an address lies in one of the ranges."""
+    return any(prefix.covers(address) for prefix in ranges)
+
+
+def judge_virtual_ip(address: bytes, policy: Policy) -> Reason | None:
+    """Why an address may not be a ClusterIP; None: it may."""
+    if never_allowed(address):
+        return Reason.NEVER_ALLOWED
+    if policy.virtual_ip_ranges is not None and not covered(address, policy.virtual_ip_ranges):
+        return Reason.OUTSIDE_VIRTUAL_RANGES
+    return None
+
+
+def judge_external_ip(address: bytes, policy: Policy) -> Reason | None:
+    """Why an address may not be an external or load-balancer IP; None: it may."""
+    if never_allowed(address):
+        return Reason.NEVER_ALLOWED
+    if policy.external_ip_ranges is not None and not covered(address, policy.external_ip_ranges):
+        return Reason.EXTERNAL_IP
+    return None
+
+
+def judge_virtual_ranges(asked: Iterable[Prefix], policy: Policy) -> tuple[Prefix, ...]:
+    """The ranges in which an address without a Service is dropped: a tenant's ServiceCIDRs within what it was granted.
+
+    A tenant may write a ServiceCIDR of 0.0.0.0/0; within its own zone that only cuts off its own pods, but where the
+    operator named ranges, what lies outside of them is no VIP. Sorted, without duplicates.
+    """
+    if policy.virtual_ip_ranges is None:
+        return tuple(sorted(set(asked)))
+    found: set[Prefix] = set()
+    for wish in asked:
+        for granted in policy.virtual_ip_ranges:
+            if granted.length <= wish.length and granted.covers(wish.address):
+                found.add(wish)
+            elif wish.covers(granted.address):
+                found.add(granted)
+    return tuple(sorted(found))

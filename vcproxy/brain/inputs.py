@@ -1,0 +1,131 @@
+"""A tenant's objects from its API server: three reflectors over one client whose credentials may change underneath.
+
+Rotation is routine (certificates of a year, tokens of an hour), so it costs nothing: the next request uses the new
+credentials, and watches that still run on the old connection are ended in good order, from where the reflectors resume
+at the last resourceVersion. Nothing is listed again and the tenant is never stale for it.
+
+Another *server*, however, is another history: its resourceVersions mean nothing here. Then all is listed anew.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Any, NoReturn, TypeVar, cast
+
+from vcproxy.brain.sources import Kind, ObjectSink
+from vcproxy.kube.client import Client
+from vcproxy.kube.client import Limits as ClientLimits
+from vcproxy.kube.decode import ENDPOINT_SLICES, NODES, PODS, SERVICE_CIDRS, SERVICES, HasKey, Page, Resource
+from vcproxy.kube.errors import ApiError
+from vcproxy.kube.kubeconfig import Credentials
+from vcproxy.kube.lines import Line
+from vcproxy.kube.reflector import Event, Reflector
+
+T = TypeVar("T", bound=HasKey)
+
+TENANT_KINDS: tuple[Resource[Any], ...] = (SERVICES, ENDPOINT_SLICES, SERVICE_CIDRS)
+SUPER_KINDS: tuple[Resource[Any], ...] = (PODS, NODES)
+
+
+class RotatingClient:
+    """What a Reflector needs of a Client, with credentials that can be replaced while it is in use."""
+
+    def __init__(self, make: Callable[[Credentials], Client], credentials: Credentials) -> None:
+        self._make = make
+        self._client = make(credentials)
+        self.tenant, self.limits = self._client.tenant, self._client.limits
+
+    async def rotate(self, credentials: Credentials) -> None:
+        """Use these from now on. Raises KubeconfigError, and then goes on with the old ones."""
+        old, self._client = self._client, self._make(credentials)
+        await old.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.close()
+
+    async def list_pages(self, resource: Resource[T], *, limit: int = 500) -> AsyncGenerator[Page[T], None]:
+        """As Client.list_pages. A rotation in the middle of it fails it as Unreachable: it begins anew."""
+        async with aclosing(self._client.list_pages(resource, limit=limit)) as pages:
+            async for page in pages:
+                yield page
+
+    async def watch(
+        self, resource: Resource[T], *, resource_version: str, timeout_seconds: int
+    ) -> AsyncGenerator[list[Line], None]:
+        """As Client.watch; a rotation is an end in good order, or before anything came, a new try."""
+        started = False
+        while True:
+            client = self._client
+            try:
+                async with aclosing(
+                    client.watch(resource, resource_version=resource_version, timeout_seconds=timeout_seconds)
+                ) as lines:
+                    async for batch in lines:
+                        started = True
+                        yield batch
+                return
+            except ApiError:
+                if client is self._client:
+                    raise
+                if started:
+                    return
+
+
+class ApiInput:
+    """Input from an API server.
+
+    `resources`: what to follow. A ServiceCIDR that the server does not serve (before 1.33) is asked for ever more
+    rarely, and concerns nobody else.
+    """
+
+    def __init__(
+        self, credentials: Credentials, *, tenant: str, resources: Sequence[Resource[Any]], limits: ClientLimits
+    ) -> None:
+        self._credentials = credentials
+        self._resources = resources
+        self._client = RotatingClient(partial(Client, tenant=tenant, limits=limits), credentials)
+        self._moved = asyncio.Event()
+
+    @property
+    def server(self) -> str:
+        """Where the API server is."""
+        return self._credentials.server
+
+    async def rotate(self, credentials: Credentials) -> None:
+        """Use these credentials from now on. Raises KubeconfigError, and then goes on with the old ones."""
+        moved = credentials.server != self._credentials.server
+        await self._client.rotate(credentials)
+        self._credentials = credentials
+        if moved:
+            self._moved.set()
+
+    async def run(self, sink: ObjectSink) -> NoReturn:
+        """List, watch, for ever."""
+        try:
+            while True:
+                self._moved.clear()
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        for resource in self._resources:
+                            group.create_task(self._reflector(resource, sink).run())
+                        await self._moved.wait()
+                        raise _Moved
+                except* _Moved:
+                    pass
+        finally:
+            await self._client.close()
+
+    def _reflector(self, resource: Resource[Any], sink: ObjectSink) -> Reflector[Any]:
+        kind = cast("Kind", resource.kind)
+
+        def take(event: Event[Any]) -> None:
+            sink(kind, event)
+
+        # RotatingClient has the two methods that a Reflector calls, and is a Client in that.
+        return Reflector(cast("Client", self._client), resource, take)
+
+
+class _Moved(Exception):
+    """The API server is elsewhere now."""

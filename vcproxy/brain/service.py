@@ -1,0 +1,201 @@
+"""The brain put together: configuration to a running process that ends cleanly.
+
+    sources -> tenants -> feeds -> store      \\
+    super cluster -> placement                 > distributor -> nodes
+    manifests' Pods -> placement              /
+
+The placement is ready, and with it nodes may be told to forget what nobody names, once every source has told all its
+tenants and the super cluster's Pods and Nodes have been read. Until then nodes only ever learn more. Nothing is undone
+at the end: streams close, nodes keep what they have.
+"""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+from aiohttp import web
+
+from vcproxy.brain import config as configuration
+from vcproxy.brain import guard, look
+from vcproxy.brain.config import BrainConfiguration
+from vcproxy.brain.distribution import Distributor
+from vcproxy.brain.feed import Feed
+from vcproxy.brain.placement import Placement, Scope
+from vcproxy.brain.sources import Problem, Source
+from vcproxy.brain.sources.directory import DirectorySource
+from vcproxy.brain.store import Store
+from vcproxy.brain.supercluster import SuperClusterFeed
+from vcproxy.brain.tenants import Grant, Tenants
+from vcproxy.kube.client import Limits as ClientLimits
+from vcproxy.model.addresses import AddressError, Prefix, parse_prefix
+from vcproxy.ops import admin, logs, metrics
+from vcproxy.ops.configfile import ConfigError
+
+TICK_SECONDS = 1.0
+
+_log = logs.get("brain")
+
+
+class _Stopped(Exception):
+    """The process was asked to end."""
+
+
+class Brain:
+    """The program behind `vcproxy brain`. Raises ConfigError when the configuration cannot be used."""
+
+    def __init__(self, config: BrainConfiguration) -> None:
+        self._config = config
+        self.store = Store()
+        self.placement = Placement(linger_seconds=config.tenants.linger_seconds)
+        self.distributor = Distributor(store=self.store, placement=self.placement)
+        self._super: SuperClusterFeed | None = None
+        self.tenants = Tenants(
+            _sources(config.tenants.sources),
+            store=self.store,
+            placement=self.placement,
+            grant=grant_of(config.tenants.policy),
+            scope=Scope.PLACED if config.super_cluster is not None else Scope.EVERY_NODE_UNTIL_PLACED,
+            completed=self._judge_ready,
+        )
+
+    async def run(self, stop: asyncio.Event | None = None) -> None:
+        """Run until SIGTERM or SIGINT, or until `stop` is set (then signals are the caller's).
+
+        Raises ConfigError for an address or a credential that cannot be used, AdminError, and the distributor's errors.
+        """
+        with contextlib.ExitStack() as stack:
+            if stop is None:
+                stop = stack.enter_context(_signals())
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(_end(stop))
+                    group.create_task(self._serve())
+            except* _Stopped:
+                _log.info("ended; nodes keep what they have", brain=self.store.brain_id)
+
+    async def _serve(self) -> None:
+        config = self._config
+        if config.super_cluster is not None:
+            self._super = SuperClusterFeed(
+                config.super_cluster, store=self.store, placement=self.placement, listed=self._judge_ready
+            )
+        view = look.View(
+            store=self.store,
+            placement=self.placement,
+            feeds=self._feeds,
+            nodes=self.distributor.nodes,
+            problems=self._problems,
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self._serving_metrics())
+            await stack.enter_async_context(admin.serve(config.admin_socket, look.routes(view)))
+            stack.callback(self.store.subscribe(self._measure))
+            _log.info("starting", brain=self.store.brain_id, super_cluster=config.super_cluster is not None)
+            async with asyncio.TaskGroup() as group:
+                if self._super is not None:
+                    group.create_task(self._super.run())
+                group.create_task(self.tenants.run())
+                group.create_task(self._keep_time())
+                group.create_task(self.distributor.serve(config.listen))
+
+    def _feeds(self) -> dict[str, Feed]:
+        feeds = dict(self.tenants.feeds)
+        if self._super is not None and self._super.feed is not None:
+            feeds[self._super.feed.tenant.uid] = self._super.feed
+        return feeds
+
+    def _problems(self) -> list[Problem]:
+        return [*(self._super.problems() if self._super is not None else ()), *self.tenants.problems()]
+
+    def _judge_ready(self) -> None:
+        located = self._config.super_cluster is None or (self._super is not None and self._super.complete)
+        if located and self.tenants.complete and not self.placement.ready:
+            self.placement.set_ready()
+            _log.info("ready: every tenant is known, and where pods run", tenants=len(self.store.tenants()))
+
+    async def _keep_time(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self.placement.expire()
+            metrics.NODES.set(len(self.distributor.nodes()))
+            held = self.store.tenants().values()
+            synced = sum(1 for stored in held if stored.synced)
+            metrics.TENANTS.labels("synced").set(synced)
+            metrics.TENANTS.labels("not-synced").set(len(held) - synced)
+
+    def _measure(self, uid: str) -> None:
+        stored = self.store.tenants().get(uid)
+        if stored is not None:
+            metrics.STALE.labels(uid).set(stored.stale_since or 0)
+
+    @contextlib.asynccontextmanager
+    async def _serving_metrics(self) -> AsyncIterator[None]:
+        async def alive(_: web.Request) -> web.Response:
+            return web.json_response({"status": "ok"})
+
+        async def ready(_: web.Request) -> web.Response:
+            return web.json_response({"ready": self.placement.ready}, status=200 if self.placement.ready else 503)
+
+        address = self._config.metrics_address
+        handlers = {"/metrics": metrics.show, "/healthz": alive, "/readyz": ready}
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(metrics.serve(address, handlers))
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f'metricsAddress {address}: cannot be served on: {error}: choose another, or "" for none'
+                ) from error
+            yield
+
+
+def grant_of(policy: configuration.TenantPolicy) -> Grant:
+    """What the configuration grants tenants, parsed. Raises ConfigError."""
+    limits = policy.limits
+    virtual = _prefixes("virtualIPRanges", policy.virtual_ip_ranges)
+    return Grant(
+        guard.Policy(
+            virtual_ip_ranges=virtual or None,
+            external_ip_ranges=_prefixes("externalIPRanges", policy.external_ip_ranges),
+            node_ports=policy.node_ports,
+            limits=guard.Limits(limits.services, limits.endpoints, limits.endpoints_per_service),
+        ),
+        events_per_second=limits.events_per_second,
+        client=ClientLimits(object_bytes=limits.object_bytes),
+    )
+
+
+def _prefixes(field: str, texts: tuple[str, ...]) -> tuple[Prefix, ...]:
+    try:
+        return tuple(parse_prefix(text) for text in texts)
+    except AddressError as error:
+        raise ConfigError(f"tenants.policy.{field}: {error}") from error
+
+
+def _sources(configured: tuple[configuration.TenantSource, ...]) -> list[Source]:
+    sources: list[Source] = []
+    for at, source in enumerate(configured):
+        if source.directory is None:
+            raise ConfigError(f"tenants.sources[{at}]: set directory")
+        sources.append(DirectorySource(Path(source.directory.path)))
+    return sources
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM and SIGINT set while the context is open."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    both = (signal.SIGTERM, signal.SIGINT)
+    for number in both:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number in both:
+            loop.remove_signal_handler(number)
+
+
+async def _end(stop: asyncio.Event) -> None:
+    await stop.wait()
+    raise _Stopped

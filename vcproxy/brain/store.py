@@ -1,0 +1,208 @@
+"""What the brain knows of every tenant: compiled models, revisions, and how a node gets from any to the newest.
+
+One loop, synchronous calls, no locks. The compiler side writes (`update`, `replace`, `set_synced`, `set_stale`); the
+distribution side reads and is told the uid of whatever changed. Writing costs in proportion to the change: operations
+are encoded once, when they are made, and snapshots not before a node needs one.
+
+A tenant that was never synced is incomplete, so nothing of it is ever served: it has no history and no snapshot.
+"""
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from vcproxy.brain.encoding import Snapshot, Version, port_bound
+from vcproxy.brain.history import Delta, History
+from vcproxy.model.services import PortKey, ServicePort
+from vcproxy.model.tenant import Operation, Tenant, TenantModel
+from vcproxy.model.timing import Timing
+
+HISTORY_COUNT = 1024
+HISTORY_OCTETS = 256 << 10
+SMALL_OCTETS = 4096
+
+
+class UnknownTenant(KeyError):
+    """The store holds no such tenant: add it first."""
+
+    def __init__(self, uid: str) -> None:
+        super().__init__(uid)
+        self.uid = uid
+
+    def __str__(self) -> str:
+        return f"tenant {self.uid!r} is not in the store: call add_tenant first"
+
+
+class Stored:
+    """One tenant. Read-only to all but the store.
+
+    `revision` counts the changes of content in this run, 0 for a tenant without any. `synced`: content is complete.
+    `stale_since`: Unix seconds, None when well. `updated_at`: Unix seconds of the last change of content, 0 for none.
+    """
+
+    def __init__(self, tenant: Tenant) -> None:
+        self.tenant = tenant
+        self.model = TenantModel()
+        self.revision = 0
+        self.synced = False
+        self.stale_since: float | None = None
+        self.stale_reason = ""
+        self.updated_at = 0.0
+        self.octets = 0
+        self._history = History(tenant.uid, count=HISTORY_COUNT)
+        self._snapshot: Snapshot | None = None
+
+    @property
+    def version(self) -> Version:
+        """The newest content."""
+        return Version(self.revision, self.model.digest)
+
+    @property
+    def history(self) -> History:
+        """Its recent revisions."""
+        return self._history
+
+    def delta(self, digest: bytes) -> Delta | None:
+        """The next delta for a node that holds that content; None if it needs a snapshot.
+
+        None also where a snapshot takes fewer octets than all deltas to the newest content.
+        """
+        distance = self._history.distance(digest)
+        if distance is None or distance > max(self.octets, SMALL_OCTETS):
+            return None
+        return self._history.delta(digest)
+
+    def snapshot(self) -> Snapshot:
+        """A snapshot of the newest content or of a recent one that a small delta leads on from.
+
+        Many nodes that connect at once while the tenant keeps changing so share one encoding.
+        """
+        cached = self._snapshot
+        if cached is not None:
+            if cached.version.digest == self.model.digest:
+                return cached
+            distance = self._history.distance(cached.version.digest)
+            if distance is not None and distance <= max(self.octets // 4, SMALL_OCTETS):
+                return cached
+        self._snapshot = Snapshot(self.tenant.uid, self.version, self.model)
+        return self._snapshot
+
+    def change(
+        self, put: Iterable[ServicePort], removed: Iterable[PortKey], timing: Timing | None, now: float
+    ) -> int | None:
+        """For the store: change content; returns the new revision, None if nothing changed."""
+        before = self.version
+        operations: list[Operation] = []
+        for key in removed:
+            old = self.model.get(key)
+            operation = self.model.remove(key)
+            if operation is not None and old is not None:
+                self.octets -= port_bound(old)
+                operations.append(operation)
+        for port in put:
+            old = self.model.get(port.key)
+            operation = self.model.put(port)
+            if operation is not None:
+                self.octets += port_bound(port) - (port_bound(old) if old is not None else 0)
+                operations.append(operation)
+        if not operations:
+            return None
+        self.revision += 1
+        self.updated_at = now
+        if self.synced:
+            room = max(HISTORY_OCTETS, self.octets // 4)
+            self._history.record(before, self.version, operations, timing, room=room)
+        return self.revision
+
+
+class Store:
+    """All tenants of one brain. `brain_id` names this run: revisions count within it."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self.brain_id = secrets.token_hex(8)
+        self._clock = clock
+        self._stored: dict[str, Stored] = {}
+        self._gone: set[str] = set()
+        self._subscribers: dict[object, Callable[[str], None]] = {}
+
+    def add_tenant(self, tenant: Tenant) -> None:
+        """Hold this tenant. Adding it again is no error; changed facts are announced anew."""
+        stored = self._stored.get(tenant.uid)
+        if stored is None:
+            self._stored[tenant.uid] = Stored(tenant)
+            self._gone.discard(tenant.uid)
+        elif stored.tenant != tenant:
+            stored.tenant = tenant
+        else:
+            return
+        self._changed(tenant.uid)
+
+    def remove_tenant(self, uid: str) -> None:
+        """The tenant is gone for good: nodes are told to remove it. Removing an unknown one is no error."""
+        if self._stored.pop(uid, None) is not None:
+            self._gone.add(uid)
+            self._changed(uid)
+
+    def update(
+        self, uid: str, put: Iterable[ServicePort], removed: Iterable[PortKey], timing: Timing | None = None
+    ) -> int | None:
+        """Change some service ports (removals first). Returns the new revision, None if nothing changed.
+
+        Raises UnknownTenant.
+        """
+        revision = self._get(uid).change(put, removed, timing, self._clock())
+        if revision is not None:
+            self._changed(uid)
+        return revision
+
+    def replace(self, uid: str, ports: Iterable[ServicePort], timing: Timing | None = None) -> int | None:
+        """Make these all the tenant's service ports, by the smallest change of what is held. As `update`."""
+        wanted = {port.key: port for port in ports}
+        removed = [key for key in self._get(uid).model.ports if key not in wanted]
+        return self.update(uid, wanted.values(), removed, timing)
+
+    def set_synced(self, uid: str) -> None:
+        """Content is complete: from now on it may be served. Never unset. Raises UnknownTenant."""
+        stored = self._get(uid)
+        if not stored.synced:
+            stored.synced = True
+            self._changed(uid)
+
+    def set_stale(self, uid: str, since: float | None, reason: str = "") -> None:
+        """The tenant's API server cannot be reached since then (Unix seconds); None: well again. Raises UnknownTenant.
+
+        Content stays as it is.
+        """
+        stored = self._get(uid)
+        reason = reason if since is not None else ""
+        if (stored.stale_since, stored.stale_reason) != (since, reason):
+            stored.stale_since, stored.stale_reason = since, reason
+            self._changed(uid)
+
+    def tenants(self) -> Mapping[str, Stored]:
+        """A live read-only view."""
+        return self._stored
+
+    def gone(self, uid: str) -> bool:
+        """True if the tenant was removed in this run. An unknown tenant is not gone: it may not have been found yet."""
+        return uid in self._gone
+
+    def subscribe(self, callback: Callable[[str], None]) -> Callable[[], None]:
+        """`callback` gets the uid after each change, synchronously: it must be quick. Returns the cancellation."""
+        token = object()
+        self._subscribers[token] = callback
+
+        def cancel() -> None:
+            self._subscribers.pop(token, None)
+
+        return cancel
+
+    def _get(self, uid: str) -> Stored:
+        try:
+            return self._stored[uid]
+        except KeyError:
+            raise UnknownTenant(uid) from None
+
+    def _changed(self, uid: str) -> None:
+        for callback in list(self._subscribers.values()):
+            callback(uid)

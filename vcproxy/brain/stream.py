@@ -1,0 +1,276 @@
+"""What one node is sent next: the whole of the distribution's logic, without I/O.
+
+A stream has no queue. It knows what the node holds of each tenant (by digest) and which tenants may be out of date,
+and makes the next message only when the transport is ready to take one: so a slow node gets the newest state, in
+fewer and larger steps, and costs no memory. Tenants take turns, one message each, and parts of a snapshot are messages
+like any other: a huge tenant never delays a small one.
+
+Nothing is said of what is not known for sure. A tenant that was not synced in this run is not mentioned, so a node
+keeps what it has; that a tenant is no longer placed on the node, which pods it has and what else it is, is said only
+once the placement is ready, that is, complete.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+from vcproxy.brain import encoding
+from vcproxy.brain.admission import Admission, Ticket
+from vcproxy.brain.encoding import Snapshot
+from vcproxy.brain.progress import NodeStatus, Progress, TenantStatus
+from vcproxy.brain.store import Store, Stored
+from vcproxy.model.node import NodeFacts
+from vcproxy.model.tenant import EMPTY_DIGEST, Tenant
+from vcproxy.pb import convert, distribution_pb2
+
+
+class Placement(Protocol):
+    """Which pods and tenants are on which node."""
+
+    @property
+    def ready(self) -> bool:
+        """True once everything that says where pods run was read completely, and never false again.
+
+        That includes tenants placed everywhere: `super` is in the store by then, if it is proxied at all. Before, the
+        answers below may lack something, and a node is not told to forget anything.
+        """
+
+    def pods(self, node: str) -> Mapping[bytes, str]:
+        """Pod address (4 or 16 octets) -> tenant uid."""
+
+    def tenants(self, node: str) -> frozenset[str]:
+        """Uids of the tenants to send to the node."""
+
+    def facts(self, node: str) -> NodeFacts:
+        """What the node is to know of itself."""
+
+    def subscribe(self, callback: Callable[[str], None]) -> Callable[[], None]:
+        """`callback` gets a node's name when an answer about it changed, or "" when `ready` or many did."""
+
+
+class Message(NamedTuple):
+    """A BrainMessage's bytes and its kind, the name of the field of BrainMessage that is set."""
+
+    kind: str
+    data: bytes
+
+
+class Greeting(NamedTuple):
+    """A Hello, checked: `known` is what the node holds, tenant uid -> digest."""
+
+    node: str
+    agent: str
+    known: Mapping[str, bytes]
+
+
+class _Tenant:
+    """What the node was told of one tenant."""
+
+    def __init__(self, digest: bytes | None, clock: Callable[[], float]) -> None:
+        self.facts: Tenant | None = None
+        self.digest = EMPTY_DIGEST if digest is None else digest
+        self.refresh = False  # what the node holds is wrong, whatever its digest
+        self.synced = False
+        # A node that comes back may think a tenant stale that is well again: None is "not told yet".
+        self.stale: tuple[float | None, str] | None = None if digest is not None else (None, "")
+        self.paused = False
+        self.snapshot: Snapshot | None = None
+        self.part = 0
+        self.ticket: Ticket | None = None
+        self.progress = Progress(clock)
+
+    def forget_snapshot(self) -> None:
+        self.snapshot, self.part = None, 0
+        if self.ticket is not None:
+            self.ticket.release()
+            self.ticket = None
+
+
+class Stream:
+    """One node's stream. `wake` is called whenever `next_message` may have something again."""
+
+    def __init__(
+        self,
+        greeting: Greeting,
+        *,
+        peer: str,
+        version: str,
+        store: Store,
+        placement: Placement,
+        admission: Admission,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.node = greeting.node
+        self.entitled: frozenset[str] = frozenset()
+        self._agent = greeting.agent
+        self._peer = peer
+        self._since = time.time()
+        self._store = store
+        self._placement = placement
+        self._admission = admission
+        self._wake = wake
+        self._clock = clock
+        self._told = {uid: _Tenant(digest, clock) for uid, digest in greeting.known.items()}
+        self._dirty = dict.fromkeys(self._told)
+        self._version = version
+        self._welcomed = False
+        self._complete = False
+        self._look = False  # at facts and pods
+        self._facts: NodeFacts | None = None
+        self._pods: dict[bytes, str] | None = None
+        self.plan()
+
+    def mark(self, uid: str) -> None:
+        """The tenant may have changed."""
+        self._dirty[uid] = None
+        self._wake()
+
+    def plan(self) -> None:
+        """The placement of this node may have changed, or become ready."""
+        entitled = self._placement.tenants(self.node)
+        self._dirty.update(dict.fromkeys(sorted(entitled ^ self.entitled)))
+        if self._placement.ready and not self._complete:
+            self._dirty.update(dict.fromkeys(self._told))
+        self.entitled = entitled
+        self._look = True
+        self._wake()
+
+    def close(self) -> None:
+        """The stream is over: let go of what others wait for."""
+        for told in self._told.values():
+            told.forget_snapshot()
+
+    def next_message(self) -> Message | None:
+        """What to send now, taken as sent; None: nothing until `wake` is called."""
+        if not self._welcomed:
+            self._welcomed = True
+            return Message("welcome", encoding.encode_welcome(self._store.brain_id, self._version))
+        if self._look and self._placement.ready:
+            message = self._about_node()
+            if message is not None:
+                return message
+            self._look = False
+        while self._dirty:
+            uid = next(iter(self._dirty))
+            del self._dirty[uid]
+            message = self._about_tenant(uid)
+            if message is not None:
+                self._dirty[uid] = None  # there may be more: at the end of the round
+                return message
+        return None
+
+    def _about_node(self) -> Message | None:
+        facts = self._placement.facts(self.node)
+        if facts != self._facts:
+            self._facts = facts
+            return Message("facts", encoding.encode_facts(facts))
+        pods, told = self._placement.pods(self.node), self._pods
+        if told is None or pods != told:
+            self._pods = dict(pods)
+            put = [(address, uid) for address, uid in pods.items() if told is None or told.get(address) != uid]
+            removed = [address for address in told or () if address not in pods]
+            return Message("placement", encoding.encode_placement(put, removed, complete=told is None))
+        if not self._complete:
+            self._complete = True
+            return Message("complete", encoding.encode_complete(self.entitled))
+        return None
+
+    def _about_tenant(self, uid: str) -> Message | None:
+        told, stored = self._told.get(uid), self._store.tenants().get(uid)
+        placed = uid in self.entitled
+        if self._store.gone(uid) or (not placed and self._placement.ready):
+            if told is None:
+                return None
+            told.forget_snapshot()
+            del self._told[uid]
+            return Message("removed", encoding.encode_removed(uid))
+        if not placed or stored is None or not stored.synced:
+            return None
+        if told is None:
+            told = self._told[uid] = _Tenant(None, self._clock)
+        if told.paused:
+            return None
+        if told.facts != stored.tenant:
+            told.facts = stored.tenant
+            return Message("added", encoding.encode_added(stored.tenant))
+        return self._content(told, stored) or self._condition(told, stored)
+
+    def _content(self, told: _Tenant, stored: Stored) -> Message | None:
+        """The next step towards the newest content, None if there is none to take now."""
+        if told.snapshot is None:
+            if told.digest == stored.model.digest and not told.refresh:
+                return None
+            delta = None if told.refresh else stored.delta(told.digest)
+            if delta is not None:
+                told.digest = delta.after.digest
+                told.progress.sent(delta.after)
+                return Message("delta", delta.message)
+            told.snapshot = stored.snapshot()
+        if told.ticket is None or not told.ticket.held:
+            # Asked for a second time only by a stream whose lease ran out; while it queues, other tenants take turns.
+            if told.ticket is None or not told.ticket.queued:
+                uid = stored.tenant.uid
+                told.ticket = self._admission.ask(lambda: self.mark(uid))
+            if not told.ticket.held:
+                return None
+        told.ticket.renew()
+        message = Message("snapshot", told.snapshot.part(told.part))
+        told.part += 1
+        if told.part == len(told.snapshot):
+            told.digest, told.refresh = told.snapshot.version.digest, False
+            told.progress.sent(told.snapshot.version)
+            told.forget_snapshot()
+        return message
+
+    def _condition(self, told: _Tenant, stored: Stored) -> Message | None:
+        if told.snapshot is not None:
+            return None
+        uid = stored.tenant.uid
+        if not told.synced:
+            told.synced = True
+            return Message("synced", encoding.encode_synced(uid, stored.version))
+        stale = (stored.stale_since, stored.stale_reason)
+        if told.stale != stale:
+            told.stale = stale
+            return Message("stale", encoding.encode_stale(uid, *stale))
+        return None
+
+    def acknowledged(self, ack: distribution_pb2.Ack) -> None:
+        """The node received or committed something. Raises MalformedModel."""
+        told = self._told.get(ack.tenant)
+        if told is not None:
+            told.progress.acknowledged(ack)
+
+    def subscribed(self, uid: str, *, refresh: bool) -> None:
+        """The node asks for a tenant; ignored if it is not placed there. Raises MalformedModel.
+
+        `refresh`: its copy is wrong, whatever digest it has: send a snapshot.
+        """
+        convert.decode_uid(uid)
+        told = self._told.get(uid)
+        if told is None:
+            if uid not in self.entitled:
+                return
+            told = self._told[uid] = _Tenant(None, self._clock)
+        told.paused = False
+        if refresh:
+            told.forget_snapshot()
+            told.refresh, told.synced = True, False
+        self.mark(uid)
+
+    def unsubscribed(self, uid: str) -> None:
+        """The node wants nothing of a tenant until it subscribes again. It keeps what it holds."""
+        told = self._told.get(uid)
+        if told is not None:
+            told.paused = True
+            told.forget_snapshot()
+
+    def status(self) -> NodeStatus:
+        """For people: what was sent and what came of it."""
+        tenants: list[TenantStatus] = []
+        for uid in sorted(self.entitled):
+            told, stored = self._told.get(uid), self._store.tenants().get(uid)
+            if told is not None and stored is not None:
+                tenants.append(told.progress.status(uid, stored.tenant.name, stored.version))
+        return NodeStatus(self.node, self._peer, self._agent, self._since, tuple(tenants))

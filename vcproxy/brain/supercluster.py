@@ -1,0 +1,107 @@
+"""The super cluster's part of a brain: its credentials, its own Services as tenant `super`, its Pods and Nodes.
+
+One feed follows all of it over one connection's worth of credentials. The kubeconfig is the operator's own file and may
+be rewritten at any time (kubelet-style certificates, an API server that moved), so it is read again now and then; a
+service account's token rotates by itself in the client.
+"""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vcproxy.brain.config import SuperCluster
+from vcproxy.brain.feed import Feed
+from vcproxy.brain.guard import UNRESTRICTED
+from vcproxy.brain.inputs import SUPER_KINDS, TENANT_KINDS, ApiInput
+from vcproxy.brain.placement import Placement, Scope
+from vcproxy.brain.sources import Kind, Problem
+from vcproxy.brain.sources.supercluster import Whereabouts
+from vcproxy.brain.store import Store
+from vcproxy.kube.client import Limits as ClientLimits
+from vcproxy.kube.errors import KubeconfigError
+from vcproxy.kube.kubeconfig import Credentials, in_cluster, load_kubeconfig_file
+from vcproxy.kube.reflector import Broken, Event, Recovered
+from vcproxy.model.tenant import SUPER_UID, Tenant
+from vcproxy.ops import logs
+from vcproxy.ops.configfile import ConfigError
+
+READ_AGAIN_SECONDS = 10.0
+
+_log = logs.get("supercluster")
+
+
+class SuperClusterFeed:
+    """Follows the super cluster; `await run()` within a TaskGroup. `listed` is called when Pods and Nodes were read.
+
+    `feed`: of the tenant `super`; None where its Services are not to be proxied: then a feed of pods and nodes alone
+    runs, on a store of its own. Raises ConfigError when the credentials cannot be used.
+    """
+
+    def __init__(self, config: SuperCluster, *, store: Store, placement: Placement, listed: Callable[[], None]) -> None:
+        self._config = config
+        self._listed = listed
+        self._whereabouts = Whereabouts(placement, origin=SUPER_UID)
+        self._broken: dict[Kind, Broken] = {}
+        self._problem = ""
+        try:
+            self._credentials = _credentials(config)
+            resources = (*TENANT_KINDS, *SUPER_KINDS) if config.services else SUPER_KINDS
+            self._input = ApiInput(self._credentials, tenant=SUPER_UID, resources=resources, limits=ClientLimits())
+        except KubeconfigError as error:
+            raise ConfigError(f"superCluster: {error}; or set superCluster: null if there is none") from error
+        self._runner = Feed(
+            Tenant(SUPER_UID, SUPER_UID),
+            self._input,
+            store=store if config.services else Store(),
+            policy=UNRESTRICTED,
+            observe=self._observe,
+        )
+        self.feed = self._runner if config.services else None
+        if config.services:
+            placement.set_scope(SUPER_UID, Scope.EVERY_NODE)
+
+    @property
+    def complete(self) -> bool:
+        """Pods and Nodes have been read once."""
+        return self._whereabouts.listed >= {"Pod", "Node"}
+
+    def problems(self) -> list[Problem]:
+        """What keeps pods and nodes from being followed, and a kubeconfig that cannot be used any more."""
+        found = [Problem("super cluster", f"{kind}s: {event.error}") for kind, event in self._broken.items()]
+        return [*found, *([Problem("superCluster.kubeconfig", self._problem)] if self._problem else ())]
+
+    async def run(self) -> None:
+        """Follow it for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._runner.run())
+            group.create_task(self._read_again())
+
+    def _observe(self, kind: Kind, event: Event[Any]) -> None:
+        if kind not in ("Pod", "Node"):
+            return
+        if isinstance(event, Broken):
+            self._broken[kind] = event
+        elif isinstance(event, Recovered):
+            self._broken.pop(kind, None)
+        complete = self.complete
+        self._whereabouts.take(kind, event)
+        if self.complete and not complete:
+            self._listed()
+
+    async def _read_again(self) -> NoReturn:
+        while True:
+            await asyncio.sleep(READ_AGAIN_SECONDS)
+            try:
+                credentials = await asyncio.to_thread(_credentials, self._config)
+                if credentials != self._credentials:
+                    await self._input.rotate(credentials)
+                    self._credentials = credentials
+                    _log.info("credentials rotated", tenant=SUPER_UID)
+                self._problem = ""
+            except KubeconfigError as error:
+                self._problem = f"{error}; the last good credentials stay in use"
+
+
+def _credentials(config: SuperCluster) -> Credentials:
+    return load_kubeconfig_file(Path(config.kubeconfig)) if config.kubeconfig else in_cluster()

@@ -1,0 +1,234 @@
+"""All tenants of a brain: what sources say becomes feeds, one task each, and their place on nodes.
+
+The only state here is which tenants there are. A source that fails is started again and what it said stays; a tenant is
+forgotten when a source says that it was deleted, and for no other reason.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+import msgspec
+
+from vcproxy.brain.feed import Feed
+from vcproxy.brain.guard import Policy
+from vcproxy.brain.inputs import TENANT_KINDS, ApiInput
+from vcproxy.brain.placement import Placement, Scope
+from vcproxy.brain.sources import (
+    Input,
+    Kind,
+    Problem,
+    Source,
+    SourceComplete,
+    SourceEvent,
+    TenantFound,
+    TenantGone,
+)
+from vcproxy.brain.sources.selfplaced import SelfPlaced
+from vcproxy.brain.store import Store
+from vcproxy.kube.backoff import Backoff
+from vcproxy.kube.client import Limits as ClientLimits
+from vcproxy.kube.errors import KubeconfigError
+from vcproxy.kube.kubeconfig import Credentials
+from vcproxy.kube.reflector import Event
+from vcproxy.model.tenant import Tenant
+from vcproxy.ops import logs, metrics
+
+_log = logs.get("tenants")
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """What a tenant may ask for, and what reading it may cost."""
+
+    policy: Policy
+    events_per_second: int
+    client: ClientLimits
+
+
+class _Held:
+    """One tenant. `feed` None: it exists, but there is nothing to read it with."""
+
+    def __init__(self) -> None:
+        self.feed: Feed | None = None
+        self.task: asyncio.Task[NoReturn] | None = None
+        self.placed: SelfPlaced | None = None
+        self.problem = ""
+
+
+class Tenants:
+    """Follows `sources`; `await run()` within a TaskGroup.
+
+    `scope`: which nodes a tenant goes to whose own objects do not say. `completed` is called when the last source has
+    told all its tenants.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[Source],
+        *,
+        store: Store,
+        placement: Placement,
+        grant: Grant,
+        scope: Scope,
+        completed: Callable[[], None],
+    ) -> None:
+        self._sources = tuple(sources)
+        self._store = store
+        self._placement = placement
+        self._grant = grant
+        self._scope = scope
+        self._completed = completed
+        self._waiting = set(range(len(self._sources)))
+        self._held: dict[str, _Held] = {}
+        self._failures: dict[int, str] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Every source has told all its tenants once."""
+        return not self._waiting
+
+    @property
+    def feeds(self) -> Mapping[str, Feed]:
+        """By uid; tenants that cannot be read are missing."""
+        return {uid: held.feed for uid, held in self._held.items() if held.feed is not None}
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with sources and with tenants' access."""
+        found = [problem for source in self._sources for problem in source.problems()]
+        found.extend(Problem(f"source {number}", message) for number, message in sorted(self._failures.items()))
+        found.extend(Problem(f"tenant {uid}", held.problem) for uid, held in self._held.items() if held.problem)
+        return found
+
+    async def run(self) -> None:
+        """Follow all sources and tenants for ever."""
+        if self.complete:
+            self._completed()
+        async with asyncio.TaskGroup() as group:
+            for number, source in enumerate(self._sources):
+                group.create_task(self._follow(number, source, group))
+
+    async def _follow(self, number: int, source: Source, group: asyncio.TaskGroup) -> NoReturn:
+        """One source, for ever, whatever happens in it."""
+        rotations: asyncio.Queue[tuple[ApiInput, Credentials, str]] = asyncio.Queue()
+
+        def take(event: SourceEvent) -> None:
+            match event:
+                case TenantFound():
+                    self._found(event, group, rotations)
+                case TenantGone(uid):
+                    self._gone(uid)
+                case SourceComplete():
+                    waited = bool(self._waiting)
+                    self._waiting.discard(number)
+                    if waited and not self._waiting:
+                        self._completed()
+
+        group.create_task(self._rotate(rotations))
+        backoff = Backoff(base=0.5, cap=60.0, uniform=random.uniform)
+        while True:
+            try:
+                await source.run(take)
+            except Exception as error:
+                self._failures[number] = f"internal error: {error!r}; it is started again"
+                _log.exception("source failed, starting it again", source=number)
+            await asyncio.sleep(backoff.next())
+
+    async def _rotate(self, rotations: asyncio.Queue[tuple[ApiInput, Credentials, str]]) -> NoReturn:
+        while True:
+            source, credentials, uid = await rotations.get()
+            held = self._held.get(uid)
+            try:
+                await source.rotate(credentials)
+            except KubeconfigError as error:
+                if held is not None:
+                    held.problem = f"new credentials are not used: {error}"
+                _log.error("new credentials are not used", tenant=uid, error=str(error))
+            else:
+                if held is not None:
+                    held.problem = ""
+                _log.info("credentials rotated", tenant=uid)
+
+    def _found(
+        self,
+        found: TenantFound,
+        group: asyncio.TaskGroup,
+        rotations: asyncio.Queue[tuple[ApiInput, Credentials, str]],
+    ) -> None:
+        uid, access = found.uid, found.access
+        held = self._held.setdefault(uid, _Held())
+        source = held.feed.source if held.feed is not None else None
+        if isinstance(access, Credentials) and isinstance(source, ApiInput):
+            rotations.put_nowait((source, access, uid))
+            return
+        if access is None or (source is not None and access is source):
+            if held.feed is None:
+                held.problem = "cannot be read (yet): see the source's problems"
+                self._place(held, uid, self._scope)
+                self._store.add_tenant(Tenant(uid, found.name))
+            return
+        try:
+            source = self._input(access, uid)
+        except KubeconfigError as error:
+            held.problem = str(error)
+            _log.error("tenant cannot be read", tenant=uid, error=str(error))
+            self._store.add_tenant(Tenant(uid, found.name))
+            return
+        self._stop(held)
+        held.problem = ""
+        self._start(found, held, source, group)
+
+    def _input(self, access: Credentials | Input, uid: str) -> Input:
+        if not isinstance(access, Credentials):
+            return access
+        return ApiInput(access, tenant=uid, resources=TENANT_KINDS, limits=self._grant.client)
+
+    def _start(self, found: TenantFound, held: _Held, source: Input, group: asyncio.TaskGroup) -> None:
+        uid = found.uid
+        if isinstance(source, ApiInput):
+            self._place(held, uid, self._scope)
+        else:
+            held.placed = SelfPlaced(self._placement, uid)
+            self._place(held, uid, Scope.EVERY_NODE)  # until its files have been read: unknown is not nowhere
+        placed = held.placed
+
+        def observe(kind: Kind, event: Event[Any]) -> None:
+            if placed is not None:
+                known = placed.listed
+                placed.take(kind, event)
+                if placed.listed and not known:
+                    self._place(held, uid, self._scope)
+
+        held.feed = Feed(
+            Tenant(uid, found.name),
+            source,
+            store=self._store,
+            policy=self._grant.policy,
+            events_per_second=self._grant.events_per_second,
+            observe=observe,
+        )
+        held.task = group.create_task(held.feed.run())
+        _log.info("tenant found", tenant=uid, name=found.name)
+
+    def _place(self, held: _Held, uid: str, scope: Scope) -> None:
+        if self._held.get(uid) is held:
+            self._placement.set_scope(uid, scope)
+
+    def _stop(self, held: _Held) -> None:
+        if held.task is not None:
+            held.task.cancel()
+        if held.placed is not None:
+            held.placed.clear()
+        held.feed = held.task = held.placed = None
+
+    def _gone(self, uid: str) -> None:
+        held = self._held.pop(uid, None)
+        if held is None:
+            return
+        self._stop(held)
+        self._store.remove_tenant(uid)
+        self._placement.forget(uid)
+        for metric in (metrics.EVENTS, metrics.STALE):
+            metric.remove(uid)
+        metrics.REFUSED.remove_by_labels({"tenant": uid})
+        _log.info("tenant gone", tenant=uid)

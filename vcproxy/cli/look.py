@@ -1,0 +1,115 @@
+"""`vcproxy status` and `vcproxy get`: what brain and node hold, read from the admin socket."""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vcproxy.cli.main import Failure
+from vcproxy.cli.output import output_option, show, table
+from vcproxy.ops import admin
+
+SOCKETS = ("/run/vcproxy/brain.sock", "/run/vcproxy/node.sock")
+COLUMNS: Mapping[str, Sequence[str]] = {
+    "tenants": ("uid", "name", "revision", "synced", "stale", "ports", "endpoints", "refused", "digest"),
+    "services": ("tenant", "namespace", "service", "port", "protocol", "frontends", "endpoints"),
+    "endpoints": ("tenant", "namespace", "service", "port", "protocol", "endpoint", "node", "conditions"),
+    "frontends": ("tenant", "frontend", "kind", "namespace", "service", "port", "protocol"),
+    "nodes": ("node", "connected", "tenants", "behind", "rejections"),
+}
+
+_socket = click.option(
+    "--socket",
+    "path",
+    type=click.Path(),
+    help=f"Admin socket; default: the first that exists of {', '.join(SOCKETS)}.",
+)
+
+
+@click.command()
+@click.argument("what", type=click.Choice(list(COLUMNS)))
+@click.option("--tenant", "-t", help="Only this tenant (uid or name).")
+@_socket
+@output_option
+def get(what: str, tenant: str | None, path: str | None, output: str) -> None:
+    """List what the brain or the node on this machine holds.
+
+    \b
+    Examples:
+      vcproxy get tenants
+      vcproxy get services --tenant acme
+      vcproxy get endpoints -o json | jq '.[].endpoint'
+    """
+    rows = _fetch(path, f"/{what}", {"tenant": tenant} if tenant else None)
+    if output == "table":
+        table(map(_readable, rows), COLUMNS[what])
+    else:
+        show(rows, output)
+
+
+@click.command()
+@_socket
+@output_option
+def status(path: str | None, output: str) -> None:
+    """Show how brain, nodes and tenants are: revisions sent, received and committed, and what is stale.
+
+    Exit status 1 when a tenant is stale or not synced, or a service port is rejected.
+
+    \b
+    Examples:
+      vcproxy status
+      vcproxy status --socket /run/vcproxy/node.sock -o json
+    """
+    answer = _fetch(path, "/status", None)
+    if output == "table":
+        _print_status(answer)
+    else:
+        show(answer, output)
+    if not answer["healthy"]:
+        raise SystemExit(1)
+
+
+def _print_status(answer: Mapping[str, Any]) -> None:
+    facts = ", ".join(f"{key} {_text(value)}" for key, value in answer.items() if not isinstance(value, list | dict))
+    click.echo(f"{answer['role']}: {facts}")
+    for value in answer.values():
+        if isinstance(value, list) and value:
+            rows = [_readable(row) for row in value]
+            columns = dict.fromkeys(key for row in rows for key, cell in row.items() if not isinstance(cell, dict))
+            click.echo()
+            table(rows, list(columns), title=None)
+
+
+def _readable(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Digests short, times as ages."""
+    return {key: _text(value, key) for key, value in row.items()}
+
+
+def _text(value: Any, key: str = "") -> Any:
+    if key == "digest" and isinstance(value, str):
+        return value[:12]
+    if key.lower().endswith(("since", "at")) and isinstance(value, int | float) and value:
+        return age(time.time() - value)
+    return value
+
+
+def age(seconds: float) -> str:
+    """`42s`, `7m`, `3h`, `2d`: as kubectl prints ages."""
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
+
+
+def _fetch(path: str | None, route: str, parameters: Mapping[str, str] | None) -> Any:
+    if path is None:
+        path = next((candidate for candidate in SOCKETS if Path(candidate).is_socket()), None)
+        if path is None:
+            raise Failure(f"no vcproxy runs here (none of {', '.join(SOCKETS)} exists); --socket names another")
+    try:
+        return asyncio.run(admin.fetch(path, route, parameters))
+    except admin.AdminError as error:
+        raise Failure(str(error)) from error

@@ -1,0 +1,316 @@
+"""The state of one collection of one API server, followed for as long as the tenant exists.
+
+List once, watch from the list's resourceVersion, resume where a watch ended, list again when history is gone. The
+rules that make this safe to build a data plane on:
+
+- **Nothing but a complete list replaces.** `Listed` is delivered after the last page of a successful list. Every other
+  outcome (refused credentials, 5xx, HTML, truncated JSON, silence) is a `Broken` with its time, never data; the
+  consumer keeps what it has.
+- **A complete list is the truth**, also when its resourceVersion is lower than before: an etcd restored from a backup
+  counts backwards. A watch that goes backwards gives that away too and is answered by a list; a watch from a version
+  of the future would otherwise just be silent.
+- **Only a short interruption is resumed.** An API server that was away for more than `resume_within` seconds has been
+  restarted, when its watch cache has forgotten our version anyway (410), or replaced, perhaps with an empty etcd
+  whose versions have meanwhile passed ours. A list is as cheap as finding out.
+- **Silence is a failure.** With bookmarks an API server says something about once a minute. A watch that says nothing
+  for `inactivity` seconds is dropped, and since nobody knows what it would have said, a list follows.
+- **Trying again costs little.** Every attempt that ends early, in good order or not, waits a growing, jittered time;
+  only `healthy_after` seconds of an accepted watch reset that. An API server that closes every watch at once sees a
+  few requests a minute.
+- **Time is shared.** One batch of lines, then other tasks run: a tenant that never stops writing gets its slice and
+  no more.
+
+No object is kept here. The consumer holds the state anyway, and compares a `Listed` with it. An object of a wrong
+shape is reported, and changes nothing: neither `Listed.errors` nor `Malformed` is a reason to drop the last good
+version of it.
+
+The layers, from the outside in: `run` is endless, `_session` is from one list to the next, `_watch` is one
+connection. (So in kopf.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Generic, NoReturn, TypeVar
+
+from vcproxy.kube.backoff import Backoff
+from vcproxy.kube.client import Client
+from vcproxy.kube.decode import Added, Bad, HasKey, Key, Removed, Resource, WatchEvent, decode_event, oversized_event
+from vcproxy.kube.errors import ApiError, Gone, ShapeError, Throttled, Unreachable
+from vcproxy.kube.lines import Line, Oversized
+
+T = TypeVar("T", bound=HasKey)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed(Generic[T]):
+    """The complete collection: what is not in `objects` is gone, save for what `errors` speaks of (ShapeError.key)."""
+
+    objects: tuple[T, ...]
+    errors: tuple[ShapeError, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Upserted(Generic[T]):
+    """An object was added or has changed."""
+
+    object: T
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """An object is gone. `uid` is that of the one deleted, "" if the server did not say."""
+
+    key: Key
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """A change whose object has a wrong shape; what is held of it stays."""
+
+    error: ShapeError
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """What is held may be out of date, since the time `since` (wall clock, seconds since the epoch), because of
+    `error`.
+
+    Delivered for every failed attempt with the same `since`, until `Recovered`.
+    """
+
+    error: ApiError
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A watch was accepted: the collection is followed again. A `Listed` came before, unless nothing was missed."""
+
+
+Event = Listed[T] | Upserted[T] | Deleted | Malformed | Broken | Recovered
+Sink = Callable[[Event[T]], None]
+"""Takes one event, at once: it must neither block nor raise. An exception ends the reflector, as the bug that it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Times in seconds.
+
+    watch_seconds: how long the server should let a watch live, drawn anew each time so that a thousand do not end
+    together.
+    """
+
+    inactivity: float = 150.0
+    resume_within: float = 2.0
+    watch_seconds: tuple[int, int] = (300, 600)
+    backoff_base: float = 0.5
+    backoff_cap: float = 60.0
+    healthy_after: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a test replaces: clocks, sleep and chance."""
+
+    monotonic: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    uniform: Callable[[float, float], float] = random.uniform
+
+
+class Reflector(Generic[T]):
+    """Follows one `resource` through one `client` and tells `sink` about it; `await run()` within a TaskGroup.
+
+    To read at any time: `synced` (a list has been delivered), `broken` (the current Broken or None), `last_contact`
+    (monotonic seconds of the last complete list, event, bookmark or orderly end; None before the first),
+    `last_contact_wall` (the same as seconds since the epoch), `lists` (how many lists were delivered) and
+    `resource_version`.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        resource: Resource[T],
+        sink: Sink[T],
+        *,
+        page: int = 500,
+        timing: Timing | None = None,
+        surroundings: Surroundings | None = None,
+    ) -> None:
+        self.resource = resource
+        self.synced = False
+        self.broken: Broken | None = None
+        self.last_contact: float | None = None
+        self.last_contact_wall: float | None = None
+        self.lists = 0
+        self.resource_version = ""
+        self._client = client
+        self._sink = sink
+        self._page = page
+        self._accepted: float | None = None  # when the server accepted the watch that goes on
+        self._broken_at = 0.0  # monotonic beginning of `broken`
+        self._timing = timing or Timing()
+        self._around = surroundings or Surroundings()
+        self._backoff = Backoff(
+            base=self._timing.backoff_base, cap=self._timing.backoff_cap, uniform=self._around.uniform
+        )
+
+    async def run(self) -> NoReturn:
+        """Endless: one session after the other, since a tenant whose API server is away is still a tenant."""
+        while True:
+            await self._session()
+
+    async def _session(self) -> None:
+        """From one list to the need for the next: while history allows, watches resume and nothing is listed again."""
+        if not await self._attempt(self._list):
+            return
+        while await self._attempt(self._watch):
+            pass
+
+    async def _attempt(self, step: Callable[[], Awaitable[bool]]) -> bool:
+        """One list or one watch, and the wait that its end calls for. False: list next, true: watch next.
+
+        Failures end here, so that nothing below needs to care whose turn is next.
+        """
+        listing, wish = step == self._list, None
+        self._accepted = None
+        try:
+            watchable = await step()
+        except Gone as error:
+            # Not a failure: it is how an API server asks for a list. In the middle of paging: that paging was too slow.
+            watchable, wish = False, error.retry_after
+            if listing:
+                self._page = 0
+                self._break(error)
+        except ApiError as error:
+            # A lost connection or a full queue leaves history as it was; any other answer to a watch puts it in doubt.
+            resumable = isinstance(error, Unreachable | Throttled) and not isinstance(error, _Silence)
+            watchable, wish = resumable and not listing, error.retry_after
+            self._break(error)
+        if listing and watchable:
+            return True
+        if self._accepted is not None and self._around.monotonic() - self._accepted >= self._timing.healthy_after:
+            self._backoff.reset()
+            if self.broken is None:
+                return watchable
+        await self._around.sleep(self._backoff.next(at_least=wish))
+        return watchable and not self._away_too_long()
+
+    def _away_too_long(self) -> bool:
+        """Whether the API server was out of reach for so long that it may have been replaced; asked after the wait."""
+        if self.broken is None or not isinstance(self.broken.error, Unreachable):
+            return False
+        return self._around.monotonic() - self._broken_at > self._timing.resume_within
+
+    async def _list(self) -> bool:
+        """One complete list, delivered in one piece or not at all."""
+        objects: list[T] = []
+        errors: list[ShapeError] = []
+        version = ""
+        async with aclosing(self._client.list_pages(self.resource, limit=self._page)) as pages:
+            async for page in pages:
+                objects.extend(page.objects)
+                errors.extend(page.errors)
+                version = page.resource_version
+                await asyncio.sleep(0)
+        self.resource_version = version
+        self.synced = True
+        self.lists += 1
+        self._sink(Listed(tuple(objects), tuple(errors)))
+        self._contact()
+        return True
+
+    async def _watch(self) -> bool:
+        """One watch from where the last one ended; true when it ended in good order, so that the next may resume."""
+        low, high = self._timing.watch_seconds
+        lines = self._client.watch(
+            self.resource,
+            resource_version=self.resource_version,
+            timeout_seconds=round(self._around.uniform(low, high)),
+        )
+        async with aclosing(lines):
+            await anext(lines)
+            self._accepted = self._around.monotonic()
+            self._mend()  # here and not after a list: who may list but not watch is not being followed
+            async for batch in self._spoken(lines):
+                for line in batch:
+                    self._take(line)
+                self._contact()
+                await asyncio.sleep(0)
+        self._contact()
+        return True
+
+    async def _spoken(self, lines: AsyncIterator[list[Line]]) -> AsyncIterator[list[Line]]:
+        """The batches of a watch, for as long as one comes every `inactivity` seconds. Raises _Silence.
+
+        A deadline around each step, not around bytes: a server that drips a line forever is as silent as one that
+        says nothing.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(self._timing.inactivity):
+                    batch = await anext(lines)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise _Silence(
+                    tenant=self._client.tenant,
+                    path=self.resource.path,
+                    message=f"the watch said nothing for {self._timing.inactivity:g} s",
+                ) from None
+            yield batch
+
+    def _take(self, line: Line) -> None:
+        """One line: tells the consumer, then moves on to its resourceVersion. Raises ApiError."""
+        tenant, limit = self._client.tenant, self._client.limits.object_bytes
+        event: WatchEvent[T]
+        if isinstance(line, Oversized):
+            event = oversized_event(self.resource, line.head, line.size, tenant=tenant, limit=limit)
+        else:
+            event = decode_event(self.resource, line, tenant=tenant, object_bytes=limit)
+        version = event.resource_version
+        if _backwards(self.resource_version, version):
+            raise Gone(
+                tenant=tenant,
+                path=self.resource.path,
+                message=f"history was rewritten: {version} came after {self.resource_version}",
+            )
+        match event:
+            case Added():
+                self._sink(Upserted(event.object))
+            case Removed():
+                self._sink(Deleted(event.key, event.uid))
+            case Bad():
+                self._sink(Malformed(event.error))
+        if version:
+            self.resource_version = version
+
+    def _contact(self) -> None:
+        self.last_contact, self.last_contact_wall = self._around.monotonic(), self._around.wall()
+
+    def _break(self, error: ApiError) -> None:
+        if self.broken is None:
+            self._broken_at = self._around.monotonic()
+        self.broken = Broken(error, self.broken.since if self.broken else self._around.wall())
+        self._sink(self.broken)
+
+    def _mend(self) -> None:
+        if self.broken is not None:
+            self.broken = None
+            self._sink(Recovered())
+
+
+class _Silence(Unreachable):
+    """A watch that stopped talking: unlike with a lost connection, nobody knows what was missed."""
+
+
+def _backwards(old: str, new: str) -> bool:
+    """Whether a resourceVersion is older than one before it; only those that are numbers can be compared (KEP-5504)."""
+    return all(v.isascii() and v.isdigit() and len(v) <= 20 for v in (old, new)) and int(new) < int(old)

@@ -1,0 +1,88 @@
+"""What the agent shows of itself: the data behind the health server, `status` and `get tenants`."""
+
+import time
+from typing import Any
+
+from vcproxy.node.agent import Agent
+from vcproxy.node.health import TIMEOUT, Health
+from vcproxy.node.report import TenantState
+from vcproxy.ops import metrics
+
+_COUNTERS: dict[str, tuple[str, dict[str, str]]] = {
+    "snapshots": ("vcproxy_received_total", {"message": "snapshot"}),
+    "deltas": ("vcproxy_received_total", {"message": "delta"}),
+    "operations": ("vcproxy_kernel_operations_total", {}),
+    "repairs": ("vcproxy_repairs_total", {}),
+}
+
+
+def health_of(agent: Agent, timeout: float = TIMEOUT) -> Health:
+    """The agent's health. One that still starts is healthy and not ready."""
+    progress = agent.progress
+    last_success = time.time() - progress.since_success
+    if not agent.started:
+        return Health({}, last_success, "the last good state to be programmed")
+    behind = [
+        uid
+        for uid, held in agent.holdings.tenants.items()
+        if held.synced and progress.tenants.get(uid, TenantState()).revision is None
+    ]
+    waiting_for = ""
+    if not agent.informed:
+        waiting_for = "the brain to name this node's tenants"
+    elif behind:
+        waiting_for = f"{len(behind)} tenants to be programmed for the first time"
+    return Health(progress.late(agent.waiting(), timeout), last_success, waiting_for)
+
+
+def status_of(agent: Agent) -> dict[str, Any]:
+    """What `status` shows. `healthy`: all tenants synced and committed, none stale, failing or with rejected ports."""
+    progress, rows = agent.progress, tenant_rows(agent)
+    troubled = any(
+        not row["synced"] or row["staleSince"] or row["rejected"] or row["error"] or row["committedRevision"] is None
+        for row in rows
+    )
+    problems = [*progress.problems, *(f"{duty}: {error}" for duty, error in sorted(progress.duty_errors.items()))]
+    return {
+        "role": "node",
+        "node": agent.node,
+        "healthy": agent.started and not troubled and not problems,
+        "started": agent.started,
+        "brain": progress.brain or None,
+        "disconnected": progress.disconnect_reason or None,
+        "zone": agent.zone or None,
+        "interfaces": len(agent.attached.interfaces),
+        "addresses": len(agent.attached.addresses),
+        "problems": [{"problem": problem} for problem in problems],
+        "tenants": rows,
+        "counters": {name: int(metrics.value(counter, labels)) for name, (counter, labels) in _COUNTERS.items()},
+    }
+
+
+def tenant_rows(agent: Agent) -> list[dict[str, Any]]:
+    """One row a tenant: what `status` and `get tenants` show. Times are Unix seconds."""
+    pending = {name for name, _ in agent.waiting()}
+    rows = []
+    for uid, held in sorted(agent.holdings.tenants.items()):
+        state = agent.progress.tenants.get(uid, TenantState())
+        rows.append(
+            {
+                "uid": uid,
+                "name": held.tenant.name,
+                "revision": held.revision,
+                "digest": held.model.digest.hex(),
+                "synced": held.synced,
+                "ports": len(held.model),
+                "committedRevision": state.revision,
+                "committedDigest": state.digest.hex(),
+                "committedAt": state.committed_at or None,
+                "microseconds": state.microseconds,
+                "pending": uid in pending or state.loading,
+                "rejected": len(state.rejected),
+                "rejections": {str(key): reason for key, reason in sorted(state.rejected.items())},
+                "staleSince": held.stale_since,
+                "staleReason": held.stale_reason,
+                "error": state.error,
+            }
+        )
+    return rows

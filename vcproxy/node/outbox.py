@@ -1,0 +1,78 @@
+"""What a node has to tell the brain: the newest of each tenant and stage only; a slow stream costs no memory."""
+
+from collections.abc import Callable, Sequence
+
+from vcproxy.backend.protocol import Rejection
+from vcproxy.pb import convert, distribution_pb2
+
+# As many as a brain keeps for its status.
+MOST_REJECTIONS = 256
+LONGEST_TEXT = 512
+
+
+class Outbox:
+    """Messages to be sent, made when they are taken. `wake` is called when there is one."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._waiting: dict[tuple[str, str], distribution_pb2.NodeMessage] = {}
+
+    def received(self, uid: str, revision: int, digest: bytes, microseconds: int) -> None:
+        """The content was accepted."""
+        self._put(
+            (uid, "received"),
+            distribution_pb2.Ack(
+                tenant=uid,
+                revision=revision,
+                stage=distribution_pb2.RECEIVED,
+                digest=digest,
+                microseconds=microseconds,
+            ),
+        )
+
+    def committed(
+        self, uid: str, revision: int, digest: bytes, rejections: Sequence[Rejection], microseconds: int
+    ) -> None:
+        """The content is in the kernel, but for `rejections`: all that are in quarantine now."""
+        self._put(
+            (uid, "committed"),
+            distribution_pb2.Ack(
+                tenant=uid,
+                revision=revision,
+                stage=distribution_pb2.COMMITTED,
+                digest=digest,
+                microseconds=microseconds,
+                rejections=[
+                    distribution_pb2.Rejection(key=convert.encode_key(r.key), reason=r.reason[:LONGEST_TEXT])
+                    for r in rejections[:MOST_REJECTIONS]
+                ],
+            ),
+        )
+
+    def failed(self, uid: str, revision: int, error: str) -> None:
+        """The content could not be accepted or programmed."""
+        self._put(
+            (uid, "error"), distribution_pb2.Ack(tenant=uid, revision=revision, error=error[:LONGEST_TEXT] or "failed")
+        )
+
+    def refresh(self, uid: str) -> None:
+        """What is held is wrong: send a snapshot."""
+        self._waiting[uid, "refresh"] = distribution_pb2.NodeMessage(
+            subscribe=distribution_pb2.Subscribe(tenant=uid, refresh=True)
+        )
+        self._wake()
+
+    def take(self) -> bytes | None:
+        """The message that has waited longest, None if there is none."""
+        if not self._waiting:
+            return None
+        key = next(iter(self._waiting))
+        return self._waiting.pop(key).SerializeToString()
+
+    def clear(self) -> None:
+        """The stream is over: all this was meant for it."""
+        self._waiting.clear()
+
+    def _put(self, key: tuple[str, str], ack: distribution_pb2.Ack) -> None:
+        self._waiting[key] = distribution_pb2.NodeMessage(ack=ack)
+        self._wake()

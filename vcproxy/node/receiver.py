@@ -1,0 +1,340 @@
+"""What a node does with what a brain sends: from bytes to holdings and events, without I/O.
+
+Everything that arrives is checked, and content counts only when its digest is right. A delta is applied in place and
+taken back if it does not fit; a snapshot is collected beside what is held and swapped in at its end. So the holdings
+always are some revision of the tenant, whatever happens on the stream.
+
+A tenant whose content cannot be accepted is asked for again, at once and then ever more seldom, and what the stream
+says of it until then is ignored. Other tenants do not notice. Only what belongs to no tenant (an undecodable message, a
+bad placement) ends the stream: `ProtocolError`.
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from google.protobuf.message import DecodeError
+
+from vcproxy.model.services import PortKey, ServicePort
+from vcproxy.model.tenant import ModelMismatch, Operation, PatchEndpoints, PutPort, TenantModel
+from vcproxy.node.holdings import (
+    Connected,
+    FactsChanged,
+    Held,
+    Holdings,
+    PlacementChanged,
+    SessionEvent,
+    TenantChanged,
+    TenantGone,
+    TenantsComplete,
+    TenantStale,
+    TenantSynced,
+)
+from vcproxy.node.outbox import Outbox
+from vcproxy.ops import logs, metrics
+from vcproxy.pb import convert, distribution_pb2, model_pb2
+from vcproxy.pb.convert import MalformedModel
+
+LARGEST_PART = 64 << 20
+"""Octets that a compressed part may become: a hundred times what a brain makes."""
+
+RECENT = 64
+REFRESH_SECONDS = (0.0, 1.0, 5.0, 30.0, 120.0)
+
+_log = logs.get("session")
+
+
+class ProtocolError(Exception):
+    """The stream cannot go on: what arrived has no meaning at all."""
+
+
+class Timer(Protocol):
+    """What asyncio's call_later returns."""
+
+    def cancel(self) -> None:
+        """Do not call."""
+
+
+class _Arriving:
+    """A snapshot of which some parts are there."""
+
+    def __init__(self, message: distribution_pb2.Snapshot) -> None:
+        self.revision = message.revision
+        self.digest = message.digest
+        self.parts = message.parts
+        self.next = 0
+        self.spent = 0  # nanoseconds
+        self.model = TenantModel()
+
+    def expects(self, message: distribution_pb2.Snapshot) -> bool:
+        return (message.revision, message.digest, message.parts, message.part) == (
+            self.revision,
+            self.digest,
+            self.parts,
+            self.next,
+        )
+
+
+class Receiver:
+    """The state of a node towards brains; it outlives streams. `call_later` as asyncio's, in seconds."""
+
+    def __init__(
+        self,
+        *,
+        holdings: Holdings,
+        sink: Callable[[SessionEvent], None],
+        outbox: Outbox,
+        call_later: Callable[[float, Callable[[], None]], Timer],
+    ) -> None:
+        self._holdings = holdings
+        self._sink = sink
+        self._outbox = outbox
+        self._call_later = call_later
+        self._brain = ""
+        self._welcomed = False
+        self._pods: dict[bytes, str] = {}
+        self._arriving: dict[str, _Arriving] = {}
+        self._awaiting: dict[str, Timer | None] = {}  # asked for anew, or about to be
+        self._failures: dict[str, int] = {}
+        self._recent: dict[str, dict[bytes, int]] = {}  # uid -> digest -> revision of this brain, newest last
+
+    def start(self, node: str, agent: str) -> bytes:
+        """A stream begins: forget what belonged to the last one. Returns the Hello."""
+        self.stop()
+        return distribution_pb2.NodeMessage(
+            hello=distribution_pb2.Hello(
+                node=node,
+                agent=agent,
+                known=[
+                    distribution_pb2.Known(
+                        tenant=uid, revision=held.revision, brain=held.brain, digest=held.model.digest
+                    )
+                    for uid, held in self._holdings.tenants.items()
+                ],
+            )
+        ).SerializeToString()
+
+    def stop(self) -> None:
+        """The stream is over."""
+        self._welcomed = False
+        self._arriving.clear()
+        for timer in self._awaiting.values():
+            if timer is not None:
+                timer.cancel()
+        self._awaiting.clear()
+        self._outbox.clear()
+
+    def receive(self, raw: bytes) -> None:
+        """Act on one BrainMessage. Raises ProtocolError."""
+        try:
+            message = distribution_pb2.BrainMessage.FromString(raw)
+        except DecodeError:
+            raise ProtocolError("a message is not a vcproxy.v1.BrainMessage") from None
+        kind = message.WhichOneof("message")
+        if self._welcomed == (kind == "welcome"):
+            raise ProtocolError("the first message, and only that, must be Welcome")
+        try:
+            match kind:
+                case "welcome":
+                    self._welcome(message.welcome)
+                case "added":
+                    self._added(message.added)
+                case "snapshot":
+                    snapshot = message.snapshot
+                    self._guarded(snapshot.tenant, snapshot.revision, lambda held: self._snapshot(held, snapshot))
+                case "delta":
+                    delta = message.delta
+                    self._guarded(delta.tenant, delta.to, lambda held: self._delta(held, delta))
+                case "synced":
+                    synced = message.synced
+                    self._guarded(synced.tenant, synced.revision, lambda held: self._synced(held, synced))
+                case "stale":
+                    self._stale(message.stale)
+                case "removed":
+                    self._removed(message.removed.tenant)
+                case "complete":
+                    self._sink(TenantsComplete(frozenset(map(convert.decode_uid, message.complete.tenants))))
+                case "placement":
+                    self._placement(message.placement)
+                case "facts":
+                    self._sink(FactsChanged(convert.decode_facts(message.facts)))
+                case None:
+                    pass  # a newer brain says what this agent need not know
+        except MalformedModel as error:
+            raise ProtocolError(str(error)) from None
+
+    def revision_of(self, uid: str, digest: bytes) -> int | None:
+        """What the brain of this stream calls the content, None if it never sent it (another brain did)."""
+        return self._recent.get(uid, {}).get(digest)
+
+    def _welcome(self, message: distribution_pb2.Welcome) -> None:
+        self._welcomed = True
+        if message.brain != self._brain:
+            self._brain = message.brain
+            self._recent.clear()
+        self._sink(Connected(message.brain))
+
+    def _added(self, message: distribution_pb2.TenantAdded) -> None:
+        tenant = convert.decode_tenant(message)
+        held = self._holdings.get(tenant.uid)
+        if held is None:
+            self._holdings.put(Held(tenant))
+        elif held.tenant != tenant:
+            held.tenant = tenant
+            self._sink(TenantChanged(tenant.uid, frozenset(), held.revision))
+
+    def _stale(self, message: distribution_pb2.TenantStale) -> None:
+        held = self._holdings.get(message.tenant)
+        if held is None:
+            return
+        since, reason = (message.since / 1e9, message.reason) if message.since else (None, "")
+        if (held.stale_since, held.stale_reason) != (since, reason):
+            held.stale_since, held.stale_reason = since, reason
+            self._sink(TenantStale(message.tenant, since, reason))
+
+    def _removed(self, uid: str) -> None:
+        self._settled(uid)
+        self._failures.pop(uid, None)
+        self._recent.pop(uid, None)
+        if self._holdings.drop(uid) is not None:
+            self._sink(TenantGone(uid))
+
+    def _placement(self, message: distribution_pb2.Placement) -> None:
+        put = {convert.decode_address(pod.address): convert.decode_uid(pod.tenant) for pod in message.put}
+        pods = {} if message.complete else self._pods
+        self._pods = {address: uid for address, uid in pods.items() if address not in set(message.removed)} | put
+        self._sink(PlacementChanged(self._pods))
+
+    def _guarded(self, uid: str, revision: int, act: Callable[[Held], None]) -> None:
+        """Do what says what a tenant's content is; what is wrong with it is that tenant's trouble alone."""
+        held = self._holdings.get(uid)
+        if held is None:
+            raise ProtocolError(f"content of tenant {uid[:64]!r} came before TenantAdded")
+        try:
+            act(held)
+        except (MalformedModel, ModelMismatch) as error:
+            self._wrong(uid, revision, str(error))
+
+    def _snapshot(self, held: Held, message: distribution_pb2.Snapshot) -> None:
+        uid, began = message.tenant, time.perf_counter_ns()
+        if message.part == 0:
+            self._arriving[uid] = _Arriving(message)
+        arriving = self._arriving.get(uid)
+        if arriving is None and uid in self._awaiting:
+            return  # the rest of one that was refused
+        if arriving is None or message.part >= message.parts or not arriving.expects(message):
+            raise ModelMismatch(f"part {message.part} of {message.parts} of a snapshot came out of turn")
+        for port in _ports(uid, message):
+            arriving.model.put(port)
+        arriving.next += 1
+        arriving.spent += time.perf_counter_ns() - began
+        if arriving.next < arriving.parts:
+            return
+        del self._arriving[uid]
+        if arriving.model.digest != message.digest:
+            raise ModelMismatch(f"the snapshot of revision {message.revision} has another digest than announced")
+        held.model = arriving.model
+        metrics.RECEIVED.labels("snapshot").inc()
+        self._accepted(held, message.revision, message.digest, arriving.spent)
+        self._sink(TenantChanged(uid, None, message.revision))
+
+    def _delta(self, held: Held, message: distribution_pb2.Delta) -> None:
+        uid, began = message.tenant, time.perf_counter_ns()
+        if uid in self._awaiting:
+            return
+        operations = [convert.decode_operation(uid, operation) for operation in message.operations]
+        touched = apply(uid, held.model, operations, digest=message.digest)
+        metrics.RECEIVED.labels("delta").inc()
+        self._accepted(held, message.to, message.digest, time.perf_counter_ns() - began)
+        self._sink(TenantChanged(uid, touched, message.to, convert.decode_timing(message.timing)))
+
+    def _synced(self, held: Held, message: distribution_pb2.Synced) -> None:
+        uid = message.tenant
+        if uid in self._awaiting:
+            return
+        if held.model.digest != message.digest:
+            raise ModelMismatch(f"what is held has another digest than revision {message.revision}")
+        held.synced = True
+        self._accepted(held, message.revision, message.digest, 0)
+        self._sink(TenantSynced(uid))
+
+    def _accepted(self, held: Held, revision: int, digest: bytes, nanoseconds: int) -> None:
+        uid = held.tenant.uid
+        held.revision, held.brain = revision, self._brain
+        recent = self._recent.setdefault(uid, {})
+        recent.pop(digest, None)
+        recent[digest] = revision
+        if len(recent) > RECENT:
+            del recent[next(iter(recent))]
+        self._settled(uid)
+        self._failures.pop(uid, None)
+        self._outbox.received(uid, revision, digest, nanoseconds // 1000)
+
+    def _settled(self, uid: str) -> None:
+        """Nothing is asked for any more, and nothing is arriving."""
+        self._arriving.pop(uid, None)
+        timer = self._awaiting.pop(uid, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _wrong(self, uid: str, revision: int, problem: str) -> None:
+        """Keep what is held, tell the brain why, and ask for a snapshot: the more often this fails, the later."""
+        self._settled(uid)
+        failures = self._failures.get(uid, 0)
+        self._failures[uid] = failures + 1
+        delay = REFRESH_SECONDS[min(failures, len(REFRESH_SECONDS) - 1)]
+        _log.warning("what came of a tenant was refused", tenant=uid, revision=revision, reason=problem, retry_in=delay)
+        self._outbox.failed(uid, revision, problem)
+        if delay:
+            self._awaiting[uid] = self._call_later(delay, lambda: self._outbox.refresh(uid))
+        else:
+            self._awaiting[uid] = None
+            self._outbox.refresh(uid)
+
+
+def apply(uid: str, model: TenantModel, operations: Sequence[Operation], *, digest: bytes) -> frozenset[PortKey]:
+    """Apply a delta to the model; returns the keys it touched.
+
+    Raises ModelMismatch or MalformedModel when the result is not what it should be; the model is then as it was.
+    """
+    before = {key: model.get(key) for key in map(_key, operations)}
+    try:
+        model.apply(operations)
+        for operation in operations:
+            if isinstance(operation, PatchEndpoints) and (port := model.get(operation.key)) is not None:
+                convert.check_endpoints(uid, port)
+        if model.digest != digest:
+            raise ModelMismatch("after the delta the content has another digest than announced")
+    except (ModelMismatch, MalformedModel):
+        for key, port in before.items():
+            if port is None:
+                model.remove(key)
+            else:
+                model.put(port)
+        raise
+    return frozenset(before)
+
+
+def _key(operation: Operation) -> PortKey:
+    return operation.port.key if isinstance(operation, PutPort) else operation.key
+
+
+def _ports(uid: str, message: distribution_pb2.Snapshot) -> Iterable[ServicePort]:
+    """The service ports of one part. Raises MalformedModel."""
+    body = message.ports
+    if message.encoding == distribution_pb2.ZLIB:
+        inflater = zlib.decompressobj()
+        try:
+            body = inflater.decompress(body, LARGEST_PART)
+        except zlib.error as error:
+            raise MalformedModel(uid, None, f"part {message.part} of a snapshot cannot be inflated: {error}") from None
+        if not inflater.eof:
+            raise MalformedModel(uid, None, f"part {message.part} of a snapshot is cut, or larger than {LARGEST_PART}")
+    elif message.encoding != distribution_pb2.PLAIN:
+        raise MalformedModel(uid, None, f"part {message.part} of a snapshot has unknown encoding {message.encoding}")
+    try:
+        ports = model_pb2.ServicePorts.FromString(body).ports
+    except DecodeError:
+        raise MalformedModel(uid, None, f"part {message.part} of a snapshot is not a ServicePorts message") from None
+    return [convert.decode_port(uid, port) for port in ports]

@@ -1,0 +1,233 @@
+"""The node's stream from a brain: connect, say what is held, take what comes, and do so again for ever.
+
+What messages mean is in `receiver`, what is said in `outbox`; this module owns the connection. Any replica of the brain
+will do, because what is held is named by digests: addresses are tried in turn, in an order of each node's own, so that
+nodes spread. A pause between attempts grows with each round and is jittered, so that a brain that comes back is not met
+by a thousand nodes at the same instant.
+
+Certificates are read at each attempt: gRPC's client side cannot reload them, and a rotation does not end a stream that
+stands. A brain that is dead but whose connection stands is noticed by pings, within `keepalive` plus its timeout
+(`grpc.http2.ping_timeout_ms` is what counts; without it gRPC waits more than a minute whatever the keepalive options).
+"""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Never, Protocol
+
+import grpc
+
+from vcproxy.backend.protocol import Rejection
+from vcproxy.node.holdings import Disconnected, Holdings, SessionEvent
+from vcproxy.node.outbox import Outbox
+from vcproxy.node.receiver import ProtocolError, Receiver
+from vcproxy.ops import logs
+
+METHOD = "/vcproxy.v1.Distribution/Watch"
+VERSION = importlib.metadata.version("vcproxy")
+
+LARGEST_MESSAGE = 16 << 20
+"""Octets. Parts of snapshots are cut at 256 KiB, but one service port is never divided."""
+
+WELCOME_TIMEOUT = 10.0
+FIRST_PAUSE = 0.25
+LONGEST_PAUSE = 30.0
+STABLE = 10.0
+"""Seconds after which a stream that ends counts as a success: pauses start small again."""
+
+_log = logs.get("session")
+
+Call = grpc.aio.StreamStreamCall[bytes, bytes]
+
+
+class Tls(Protocol):
+    """Paths of PEM files, as in the configuration's `brain`. `server_name`: "" for the host that is dialled."""
+
+    @property
+    def cert_file(self) -> str:
+        """This node's certificate, with its chain."""
+
+    @property
+    def key_file(self) -> str:
+        """Its key."""
+
+    @property
+    def ca_file(self) -> str:
+        """The CA that signs the brain's certificate."""
+
+    @property
+    def server_name(self) -> str:
+        """The name that must be in the brain's certificate."""
+
+
+class StreamEnded(Exception):
+    """A stream could not be made, or is over; the text says why."""
+
+
+class Session:
+    """One node's connection to the brain. All methods belong to the event loop's thread.
+
+    `brains`: host:port of every replica. `holdings` may have content from an earlier run. `sink` gets every event on
+    the loop and must be quick. Times in seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        brains: Sequence[str],
+        tls: Tls,
+        holdings: Holdings,
+        sink: Callable[[SessionEvent], None],
+        keepalive: float = 10.0,
+        keepalive_timeout: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        chance: random.Random | None = None,
+    ) -> None:
+        if not brains:
+            raise ValueError("no address of a brain: set brain.addresses")
+        self._node = node
+        self._tls = tls
+        self._sink = sink
+        self._keepalive = keepalive
+        self._keepalive_timeout = keepalive_timeout
+        self._clock = clock
+        self._sleep = sleep
+        self._chance = chance or random.Random()
+        self._brains = self._chance.sample(list(brains), len(brains))
+        self._wake = asyncio.Event()
+        self._outbox = Outbox(self._wake.set)
+        self._receiver = Receiver(
+            holdings=holdings,
+            sink=sink,
+            outbox=self._outbox,
+            call_later=lambda delay, act: asyncio.get_running_loop().call_later(delay, act),
+        )
+
+    async def run(self) -> Never:
+        """Hold a stream for ever. Only cancellation ends it, and what the sink raises."""
+        attempt = 0
+        while True:
+            address = self._brains[attempt % len(self._brains)]
+            began = self._clock()
+            try:
+                await self._stream(address)
+            except* StreamEnded as group:
+                reason = str(_first(group))
+            _log.info("no stream", brain=address, reason=reason)
+            self._sink(Disconnected(reason))
+            if self._clock() - began >= STABLE:
+                # The one that just went away is the last to be asked again.
+                self._brains.append(self._brains.pop(attempt % len(self._brains)))
+                attempt = 0
+            else:
+                attempt += 1
+            await self._sleep(self._pause(attempt))
+
+    def committed(
+        self, uid: str, revision: int, digest: bytes, rejections: Sequence[Rejection], microseconds: int
+    ) -> None:
+        """The backend programmed this content, but for `rejections`: all of the tenant's ports in quarantine now.
+
+        Told to the brain if it is the one that sent this content. `revision` is what it was called when it was
+        resolved; where another brain has taken over since, the digest says what that one calls it.
+        """
+        del revision
+        known = self._receiver.revision_of(uid, digest)
+        if known is not None:
+            self._outbox.committed(uid, known, digest, rejections, microseconds)
+
+    def failed(self, uid: str, revision: int, error: str) -> None:
+        """The backend could not program this revision; it is tried again."""
+        self._outbox.failed(uid, revision, error)
+
+    def _pause(self, attempt: int) -> float:
+        rounds = attempt // len(self._brains)
+        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(rounds, 16))
+        return self._chance.uniform(longest / 2, longest)
+
+    async def _stream(self, address: str) -> None:
+        """One stream from its Hello to its end. Raises StreamEnded, in an exception group."""
+        hello = self._receiver.start(self._node, VERSION)
+        self._wake.clear()
+        try:
+            async with asyncio.TaskGroup() as group, self._channel(address) as channel:
+                call: Call = channel.stream_stream(METHOD)()
+                group.create_task(self._write(call, hello))
+                try:
+                    await self._read(call)
+                finally:
+                    call.cancel()
+        finally:
+            self._receiver.stop()
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        try:
+            certificate, key, ca = (
+                Path(path).read_bytes() for path in (self._tls.cert_file, self._tls.key_file, self._tls.ca_file)
+            )
+        except OSError as error:
+            raise StreamEnded(f"a certificate cannot be read: {error}") from None
+        milliseconds = int(self._keepalive_timeout * 1000)
+        options: list[tuple[str, Any]] = [
+            ("grpc.max_receive_message_length", LARGEST_MESSAGE),
+            ("grpc.keepalive_time_ms", int(self._keepalive * 1000)),
+            ("grpc.keepalive_timeout_ms", milliseconds),
+            ("grpc.http2.ping_timeout_ms", milliseconds),
+            ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.enable_retries", 0),
+            # No proxy from the environment, and no connection (or its backoff) left over from an earlier attempt.
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        if self._tls.server_name:
+            options.append(("grpc.ssl_target_name_override", self._tls.server_name))
+        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+        return grpc.aio.secure_channel(address, credentials, options)
+
+    async def _read(self, call: Call) -> Never:
+        """Take what comes. Raises StreamEnded when there is no more."""
+        deadline = asyncio.timeout(WELCOME_TIMEOUT)
+        try:
+            async with deadline:
+                while True:
+                    raw = await call.read()
+                    if not isinstance(raw, bytes):
+                        raise StreamEnded("the brain ended the stream")
+                    self._receiver.receive(raw)
+                    deadline.reschedule(None)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise StreamEnded("the brain did not welcome this node in time") from None
+        except grpc.aio.AioRpcError as error:
+            raise StreamEnded(f"{error.code().name}: {error.details()}") from None
+        except ProtocolError as error:
+            raise StreamEnded(f"what the brain sent makes no sense: {error}") from None
+
+    async def _write(self, call: Call, hello: bytes) -> None:
+        await _send(call, hello)
+        while True:
+            data = self._outbox.take()
+            if data is None:
+                self._wake.clear()
+                await self._wake.wait()
+            else:
+                await _send(call, data)
+
+
+async def _send(call: Call, data: bytes) -> None:
+    # A stream that is over tells why when it is read, and a reader there always is.
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        await call.write(data)
+
+
+def _first(group: BaseExceptionGroup[StreamEnded]) -> StreamEnded:
+    for error in group.exceptions:
+        return error if isinstance(error, StreamEnded) else _first(error)
+    raise AssertionError("an exception group is never empty")
