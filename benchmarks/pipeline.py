@@ -8,16 +8,17 @@ import gc
 import resource
 import statistics
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 from rich.table import Table
 
 from vcproxy.backend.protocol import Attachments, TenantUpdate
 from vcproxy.brain.compiler import Compiler
 from vcproxy.brain.guard import UNRESTRICTED
-from vcproxy.brain.inputs import Kind
 from vcproxy.brain.store import Store
 from vcproxy.kube import shapes
 from vcproxy.lab import netns
@@ -101,7 +102,7 @@ class Stages:
 def first_load(stages: Stages, services: int, endpoints: int) -> dict[str, Any]:
     """One first load through all stages, then CHANGES single-endpoint changes. Returns sizes."""
     decoded = [
-        (shapes.decode_object(shapes.Service, a), shapes.decode_object(shapes.EndpointSlice, b))
+        (msgspec.convert(a, shapes.Service), msgspec.convert(b, shapes.EndpointSlice))
         for a, b in objects(services, endpoints)
     ]
     gc.collect()
@@ -112,8 +113,8 @@ def first_load(stages: Stages, services: int, endpoints: int) -> dict[str, Any]:
         for found, its_slice in decoded:
             compiler.put(found)
             compiler.put(its_slice)
-        compiler.listed(Kind.SERVICE)
-        compiler.listed(Kind.SLICE)
+        compiler.listed("Service")
+        compiler.listed("EndpointSlice")
         change = compiler.flush()
         store.update(UID, change.put, change.removed)
     del decoded
@@ -130,8 +131,9 @@ def first_load(stages: Stages, services: int, endpoints: int) -> dict[str, Any]:
     netns.create(NAMESPACE)
     try:
         with netns.entered(NAMESPACE):
-            sent = program(stages, forwarded)
-            one_endpoint(stages, store, compiler, model, services, endpoints)
+            backend, sent = program(stages, forwarded)
+            one_endpoint(stages, backend, store, compiler, model, services, endpoints)
+            backend.close()
     finally:
         netns.delete(NAMESPACE)
     netns.create(NAMESPACE)
@@ -145,8 +147,6 @@ def first_load(stages: Stages, services: int, endpoints: int) -> dict[str, Any]:
 
 def decode(parts: list[bytes]) -> Iterator[ServicePort]:
     """What a node does with the parts of a snapshot."""
-    import zlib
-
     for part in parts:
         message = BrainMessage.FromString(part).snapshot
         body = zlib.decompress(message.ports) if message.encoding else message.ports
@@ -154,8 +154,8 @@ def decode(parts: list[bytes]) -> Iterator[ServicePort]:
             yield convert.decode_port(UID, port)
 
 
-def program(stages: Stages, forwarded: list[Any]) -> list[Batch]:
-    """Plan, encode and commit; returns the transactions."""
+def program(stages: Stages, forwarded: list[Any]) -> tuple[NftablesBackend, list[Batch]]:
+    """Plan, encode and commit; returns the backend and the transactions."""
     backend = NftablesBackend({})
     backend.open()
     backend.attach(Attachments(interfaces={"vx-bench": UID}))
@@ -177,33 +177,36 @@ def program(stages: Stages, forwarded: list[Any]) -> list[Batch]:
         Nfnetlink.commit = commit  # type: ignore[method-assign]
     stages.seconds.setdefault("backend: plan and encode", []).append(total - kernel)
     stages.seconds.setdefault("kernel: commit", []).append(kernel)
-    program.backend = backend  # type: ignore[attr-defined]
-    return sent
+    return backend, sent
 
 
 def floor(stages: Stages, sent: list[Batch]) -> None:
-    """The same transactions into a fresh table."""
+    """The same transactions into a fresh table, with nobody watching."""
     backend = NftablesBackend({})
     backend.open()
-    backend.attach(Attachments(interfaces={"vx-bench": UID}))
+    backend.close()
     netlink = Nfnetlink()
     with stages.timed("kernel floor: same bytes again"):
         for batch in sent:
             netlink.commit(batch)
     netlink.close()
-    backend.close()
 
 
 def one_endpoint(
-    stages: Stages, store: Store, compiler: Compiler, model: TenantModel, services: int, endpoints: int
+    stages: Stages,
+    backend: NftablesBackend,
+    store: Store,
+    compiler: Compiler,
+    model: TenantModel,
+    services: int,
+    endpoints: int,
 ) -> None:
     """One endpoint of one Service changes: each stage's share, in process."""
-    backend: NftablesBackend = program.backend  # type: ignore[attr-defined]
     view = NodeView.of("node-1")
     for turn in range(CHANGES):
         number = turn * 7919 % services
         members = [endpoint(number, index) for index in range(endpoints - 1)] + [endpoint(number, endpoints + turn % 2)]
-        changed = shapes.decode_object(shapes.EndpointSlice, endpoint_slice(f"svc-{number}", members))
+        changed = msgspec.convert(endpoint_slice(f"svc-{number}", members), shapes.EndpointSlice)
         before = store.tenants()[UID].model.digest
         started = time.perf_counter()
         compiler.put(changed)
@@ -212,7 +215,8 @@ def one_endpoint(
         compiled = time.perf_counter()
         delta = store.tenants()[UID].delta(before)
         assert delta is not None
-        operations = [convert.decode_operation(UID, o) for o in decoded_operations(delta)]
+        message = BrainMessage.FromString(delta.message).delta
+        operations = [convert.decode_operation(UID, operation) for operation in message.operations]
         touched = model.apply(operations)
         received = time.perf_counter()
         forwarded = resolve([model.ports[key] for key in touched], view)
@@ -227,14 +231,6 @@ def one_endpoint(
             ("all stages", committed - started),
         ):
             stages.seconds.setdefault(f"one endpoint: {stage}", []).append(seconds)
-    backend.close()
-
-
-def decoded_operations(delta: Any) -> Any:
-    """The operations of an encoded delta."""
-    from vcproxy.pb.distribution_pb2 import Delta
-
-    return Delta.FromString(delta.operations).operations
 
 
 def report(show: Callable[[Any], None]) -> None:

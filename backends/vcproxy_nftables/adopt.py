@@ -187,8 +187,9 @@ def fixed(image: Image) -> Fixed:
 class Adoption:
     """Takes over one tenant: note all it has, plan all it wants, and what is both costs nothing."""
 
-    def __init__(self, image: Image, tenant: Tenant, plan: Plan) -> None:
+    def __init__(self, image: Image, planner: Planner, tenant: Tenant, plan: Plan) -> None:
         self._image = image
+        self._planner = planner
         self._tenant = tenant
         self._plan = plan
         self._owned = image.owned.pop(tenant.uid, Belongings([], set()))
@@ -244,13 +245,19 @@ class Adoption:
                         changes.set(spec, key, None, value)
         self._plan.freed += self._free
         self._tenant.adopted = False
+        self._planner.forget_promises(self._plan, self._tenant.uid)
 
 
 def register(image: Image, planner: Planner) -> None:
-    """Make the tenants of a table known to a planner, and keep their pools' numbers from others."""
+    """Make the tenants of a table known to a planner; keep their pools' numbers and public addresses from others."""
     for uid, zone in image.zones.items():
         if uid in image.owned:
             planner.tenants[uid] = Tenant(uid, zone, adopted=True)
+    for specs in PORT.values():
+        for spec in (specs.public, specs.nodeports):
+            for key, value in image.elements[spec].items():
+                if (uid := value[4:].decode()) in image.owned:
+                    planner.promised[spec, key] = uid
     for family, held in image.pools.items():
         planner.numbers[family].reserve(held)
         spec = FAMILY[family].endpoints

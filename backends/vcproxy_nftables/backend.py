@@ -113,10 +113,8 @@ class NftablesBackend:
         zones = {uid: tenant.zone for uid, tenant in self._planner.tenants.items()} | {SUPER_UID: 0}
         node.replace(plan.changes, self._fixed, node.attachment_elements(attachments, zones))
         self._flat_zones = frozenset(zones[uid] for uid in flat)
-        left = [tenant for tenant in self._planner.tenants.values() if self._is_idle(tenant)]
-        self._forget(plan.changes, left)
         self._execute(plan)
-        self._free_zones(left)
+        self._retire([tenant for tenant in self._planner.tenants.values() if self._is_idle(tenant)])
 
     def apply(self, update: TenantUpdate) -> Applied:
         """Program an update. The first one of a tenant that was adopted must be complete."""
@@ -130,7 +128,7 @@ class NftablesBackend:
         for key in (*update.removed, *(port.key for port in update.put)):
             held = tenant.ports.get(key)
             previous[key] = held.forwarded if held else None
-        adoption = adopt.Adoption(self._untold, tenant, plan) if tenant.adopted else None
+        adoption = adopt.Adoption(self._untold, self._planner, tenant, plan) if tenant.adopted else None
         self._planner.set_ranges(plan, tenant, update.virtual_ranges)
         removed: Iterable[PortKey] = update.removed
         if update.complete:
@@ -151,17 +149,15 @@ class NftablesBackend:
             return
         plan = Plan()
         if tenant.adopted:
-            adopt.Adoption(self._untold, tenant, plan).finish()
+            adopt.Adoption(self._untold, self._planner, tenant, plan).finish()
         for key in list(tenant.ports):
             self._planner.remove(plan, tenant, key)
         self._planner.set_ranges(plan, tenant, ())
-        left = [tenant] if self._is_idle(tenant) else []
-        self._forget(plan.changes, left)
         self._execute(plan)
-        if not left and tenant.zone:
-            with _system_errors():
-                self._kernel.conntrack.flush_zone(tenant.zone)
-        self._free_zones(left)
+        if self._is_idle(tenant):
+            self._retire([tenant])
+        else:
+            self._flush(tenant)
 
     def fileno(self) -> int:
         """Readable when somebody else changed some table of this network namespace."""
@@ -210,20 +206,25 @@ class NftablesBackend:
     def _is_idle(self, tenant: Tenant) -> bool:
         return not (tenant.ports or tenant.ranges or tenant.adopted or tenant.uid in self._attached)
 
-    def _forget(self, changes: Changes, tenants: Iterable[Tenant]) -> None:
+    def _flush(self, tenant: Tenant) -> None:
+        if tenant.zone:
+            with _system_errors():
+                self._kernel.conntrack.flush_zone(tenant.zone)
+
+    def _retire(self, tenants: Iterable[Tenant]) -> None:
+        """Forget tenants of which nothing is left. First their flows: a zone that the table calls free has none."""
+        plan, zones = Plan(), []
         for tenant in tenants:
+            self._flush(tenant)
             del self._planner.tenants[tenant.uid]
             if tenant.zone:
                 key = zone_value(tenant.zone)
-                changes.set(TENANTS, key, tenant.uid.encode(), None)
+                plan.changes.set(TENANTS, key, tenant.uid.encode(), None)
                 del self._fixed[TENANTS][key]
-
-    def _free_zones(self, tenants: Iterable[Tenant]) -> None:
-        for tenant in tenants:
-            if tenant.zone:
-                with _system_errors():
-                    self._kernel.conntrack.flush_zone(tenant.zone)
-                self._zones.release(tenant.zone)
+                zones.append(tenant.zone)
+        self._execute(plan)
+        for zone in zones:
+            self._zones.release(zone)
 
     def _execute(
         self,

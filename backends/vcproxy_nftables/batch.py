@@ -314,6 +314,8 @@ class Batch:
 
 _START = struct.Struct("=IHH")
 _END = wire.message(kind=BATCH_END, flags=0, sequence=0, family=0, resource=SUBSYSTEM)
+NO_OPERATION = wire.message(kind=BATCH_BEGIN, flags=0, sequence=0, family=0, resource=SUBSYSTEM) + _END
+"""A batch of nothing: the kernel waits for the transactions under way, and does not answer."""
 
 
 @functools.cache

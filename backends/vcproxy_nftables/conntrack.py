@@ -15,6 +15,10 @@ any risk: filters for dump and flush are the same code (ctnetlink_needs_filter, 
 our own is made in a zone nobody uses, between documentation addresses (RFC 5737), and the *dump* of another zone must
 leave it out. Without that, a zone is flushed flow by flow.
 
+**IPv6 addresses are never given to the kernel as a filter**: ctnetlink_filter_match_tuple compares them the wrong way
+round (seen in Linux 6.18: a dump tells all flows *but* those asked for, and a filtered delete would spare just those).
+IPv6 flows are asked for by zone, protocol and port, and deleted one by one.
+
 Zones: an overlay tenant's flows have the zone in both directions (CTA_ZONE), a flat one's in the original direction
 only (CTA_TUPLE_ZONE in the original tuple). Filters by zone match both (nf_ct_zone_equal_any).
 """
@@ -87,12 +91,13 @@ def _tuple(kind: int, protocol: int, source: Target | None, destination: Target 
 
 
 def _filter(zone: int, protocol: int, destination: Target | None, reply_source: Target | None) -> bytes:
-    """A zone's flows of a protocol, to a destination, answered by a source."""
-    original = _BY_PROTOCOL | (_BY_DESTINATION | _BY_DST_PORT if destination else 0)
+    """A zone's flows of a protocol, to a destination, answered by a source; of IPv6 ones, only the ports are heeded."""
+    original, reply = _BY_PROTOCOL, 0
+    if destination:
+        original |= _BY_DST_PORT | (_BY_DESTINATION if len(destination[0]) == 4 else 0)
     octets = _zone(zone) + _tuple(_TUPLE_ORIG, protocol, None, destination)
-    reply = 0
     if reply_source:
-        reply = _BY_PROTOCOL | _BY_SOURCE | _BY_SRC_PORT
+        reply = _BY_PROTOCOL | _BY_SRC_PORT | (_BY_SOURCE if len(reply_source[0]) == 4 else 0)
         octets += _tuple(_TUPLE_REPLY, protocol, reply_source, None)
     flags = (wire.attribute(_ORIG_FLAGS, struct.pack("=I", original)),)
     return octets + wire.nest(_FILTER, *flags, wire.attribute(_REPLY_FLAGS, struct.pack("=I", reply)))
@@ -249,7 +254,7 @@ class Conntrack:
         count = 0
         for (destination, reply_source), group in groups.items():
             family = _family(destination[0])
-            if len(group) >= _MANY and self.probe() == (True, True):
+            if len(group) >= _MANY and family == socket.AF_INET and self.probe() == (True, True):
                 payload = _filter(zone, protocol, destination, reply_source)
                 # A kernel without filtered deletes (before 6.11) takes the partial tuple for a whole one: EINVAL.
                 _, verdict = self._channel.request(kind=_DELETE, family=family, payload=payload)

@@ -38,8 +38,10 @@ def _load(text: str) -> None:
     run_nft("-f", "-", text=text)
 
 
+_VERDICT_OCTETS = 16  # struct nft_verdict
+
 _SHAPES = {
-    spec.name: (spec.key_octets, spec.data_octets)
+    spec.name: (spec.key_octets, _VERDICT_OCTETS if spec.verdict else spec.data_octets)
     for spec in (*WANTED, *(spec for f in FAMILY.values() for spec in (f.endpoints, f.balance, f.affinity)))
 }
 """Lengths of all maps and sets, by name: what is wanted, and endpoints, balance and affinity."""

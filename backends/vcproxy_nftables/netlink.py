@@ -1,9 +1,8 @@
 """The table's elements in the kernel: commit transactions, dump maps, ask what is there.
 
 One Nfnetlink is two sockets of the network namespace it was opened in: one that only commits, so that a monitor can
-tell its changes from other people's by the port id, and one that only asks, so that a long dump in one thread does not
-hold up a change in another. No program is run and nothing is waited for: a commit's outcome is known when sendmsg
-returns (see `wire`).
+tell its changes from other people's by the port id, and one that only asks. No program is run and nothing is waited
+for: a commit's outcome is known when sendmsg returns (see `wire`).
 
 What is retried here and what is raised:
 
@@ -17,11 +16,17 @@ What is retried here and what is raised:
     all others          NetlinkError
 
 How a dump of elements is torn, and how that is found out. nf_tables_dump_set marks nothing with NLM_F_DUMP_INTR, and
-walks the map from its start for every 32 KiB, passing over as many elements as it has told already. So a transaction
-between two pieces shows as old values next to new ones: the generation must be the same before and behind. And a hash
-table that grows between two pieces (a worker does that, for some time after a large load, in no transaction) brings the
-elements into another order: some are told twice, others never. Of a table of 100,000 just loaded, 87,000 were told. But
-what is passed over and what is told add up to the number of elements, so no repeated key means that none is missing.
+walks the map from its start for every 32 KiB, passing over as many elements as it has passed already.
+
+A hash table that grows between two pieces (a worker does that, for some time after a large load, in no transaction)
+brings the elements into another order: some are told twice, others never. Of a table of 100,000 just loaded, 87,000
+were told. But what is passed over and what is told add up to the number of elements, so where no key is repeated, none
+is missing.
+
+A transaction between two pieces gives old values next to new ones, or moves elements past the reader. Own commits wait
+for own dumps. For others, the generation must be the same before and behind; as it counts a transaction up before its
+last elements are moved, it is asked for with no transaction under way: an empty batch waits for the kernel's commit
+mutex and is no generation.
 """
 
 import errno
@@ -30,7 +35,7 @@ import threading
 from typing import NamedTuple, NoReturn
 
 from vcproxy_nftables import dumps, wire
-from vcproxy_nftables.batch import NFPROTO_INET, SUBSYSTEM, TABLE, Batch
+from vcproxy_nftables.batch import NFPROTO_INET, NO_OPERATION, SUBSYSTEM, TABLE, Batch
 from vcproxy_nftables.elements import LIST_SET, LIST_TABLE, Elements, MapSpec, Ranges
 from vcproxy_nftables.monitor import SUSPEND_FROM, Changes, Monitor
 from vcproxy_nftables.wire import (
@@ -211,19 +216,25 @@ class Nfnetlink:
         such map), DumpInterrupted (others commit all the time), and ValueError if the map has another shape.
         """
         payload = wire.text(LIST_TABLE, self.table) + wire.text(LIST_SET, spec.name)
-        for _ in range(DUMP_ATTEMPTS):
-            before = self.generation()
-            replies, verdict = self._questions.dump(kind=_GETSETELEM, family=self.family, payload=payload)
-            self._check(verdict, spec.name)
-            found = dumps.decode(spec, replies)
-            if self.generation() == before and not dumps.repeats(found.keys):
-                return found
+        with self._lock:
+            for _ in range(DUMP_ATTEMPTS):
+                before = self._settled()
+                replies, verdict = self._questions.dump(kind=_GETSETELEM, family=self.family, payload=payload)
+                self._check(verdict, spec.name)
+                found = dumps.decode(spec, replies)
+                if self._settled() == before and not dumps.repeats(found.keys):
+                    return found
         raise DumpInterrupted(
             f"table {self.table}: map {spec.name} changed during each of {DUMP_ATTEMPTS} attempts to read it: "
             "try again later",
             errno=errno.EINTR,
             name=spec.name,
         )
+
+    def _settled(self) -> int:
+        """The generation behind all transactions that are under way."""
+        self._commits.transact(NO_OPERATION)
+        return self.generation()
 
     def exists(self) -> bool:
         """True if the table is there."""

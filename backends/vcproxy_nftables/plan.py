@@ -102,6 +102,8 @@ class Planner:
         self.tenants: dict[str, Tenant] = {}
         self.numbers = {4: Numbers(0, NUMBERS - 1), 6: Numbers(0, NUMBERS - 1)}
         self.node_addresses: frozenset[bytes] = frozenset()
+        self.promised: dict[Claim, str] = {}
+        """Public frontends that tenants hold in an adopted table, by uid, until these tenants have been told about."""
         self._claims: dict[Claim, Port] = {}
         self._waiting: dict[Claim, list[Port]] = {}
 
@@ -203,10 +205,11 @@ class Planner:
                     f"{_dialled(frontend)} is public, but the tenant has a network of its own on this node, which "
                     "others cannot reach; publish the service in the super cluster, or attach the tenant by address"
                 )
-            elif (holder := self._claims.setdefault(claim, port)) is port:
+            elif (holder := self._holder(claim, port)) is port:
                 held.add(claim)
             else:
-                owner = "another tenant" if holder.tenant is not port.tenant else str(holder.forwarded.key)
+                mine = holder is not None and holder.tenant is port.tenant
+                owner = str(holder.forwarded.key) if holder and mine else "another tenant"
                 blocked[position] = f"{_dialled(frontend)} is held by {owner}"
                 waiting = self._waiting.setdefault(claim, [])
                 if port not in waiting:
@@ -216,6 +219,19 @@ class Planner:
         for claim in released:
             del self._claims[claim]
         return released
+
+    def _holder(self, claim: Claim, port: Port) -> Port | None:
+        """Who holds a claim: `port` from now on, if nobody else does; None for a tenant not told about yet."""
+        uid = port.tenant.uid
+        return self._claims.setdefault(claim, port) if self.promised.get(claim, uid) == uid else None
+
+    def forget_promises(self, plan: Plan, uid: str) -> None:
+        """A tenant has been told about: what it does not hold now, others may have."""
+        kept = [claim for claim, owner in self.promised.items() if owner == uid]
+        for claim in kept:
+            del self.promised[claim]
+            if claim not in self._claims:
+                self._hand_over(plan, claim)
 
     def _hand_over(self, plan: Plan, claim: Claim) -> None:
         """Give a claim that nobody holds to the one that waits longest and still wants it."""

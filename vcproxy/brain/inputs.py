@@ -35,10 +35,15 @@ class RotatingClient:
         self._make = make
         self._client = make(credentials)
         self.tenant, self.limits = self._client.tenant, self._client.limits
+        self._waits: set[asyncio.Timeout] = set()
 
     async def rotate(self, credentials: Credentials) -> None:
         """Use these from now on. Raises KubeconfigError, and then goes on with the old ones."""
         old, self._client = self._client, self._make(credentials)
+        # aiohttp leaves whoever reads from a connection of a closed session waiting for ever: so they are told first.
+        for wait in self._waits:
+            wait.reschedule(0)
+        self._waits.clear()
         await old.close()
 
     async def close(self) -> None:
@@ -46,7 +51,7 @@ class RotatingClient:
         await self._client.close()
 
     async def list_pages(self, resource: Resource[T], *, limit: int = 500) -> AsyncGenerator[Page[T], None]:
-        """As Client.list_pages. A rotation in the middle of it fails it as Unreachable: it begins anew."""
+        """As Client.list_pages. A page under way in a rotation fails at its deadline, and the list begins anew."""
         async with aclosing(self._client.list_pages(resource, limit=limit)) as pages:
             async for page in pages:
                 yield page
@@ -58,19 +63,32 @@ class RotatingClient:
         started = False
         while True:
             client = self._client
-            try:
-                async with aclosing(
-                    client.watch(resource, resource_version=resource_version, timeout_seconds=timeout_seconds)
-                ) as lines:
-                    async for batch in lines:
-                        started = True
-                        yield batch
+            lines = client.watch(resource, resource_version=resource_version, timeout_seconds=timeout_seconds)
+            async with aclosing(lines):
+                while (batch := await self._next(client, lines)) is not None:
+                    started = True
+                    yield batch
+            if started or client is self._client:
                 return
-            except ApiError:
-                if client is self._client:
-                    raise
-                if started:
-                    return
+
+    async def _next(self, client: Client, lines: AsyncGenerator[list[Line], None]) -> list[Line] | None:
+        """The next batch; None at an end in good order, which a rotation is. Raises ApiError.
+
+        A batch that arrives in the very moment of a rotation is dropped; it comes again where the watch resumes.
+        """
+        try:
+            async with asyncio.timeout(None) as wait:
+                self._waits.add(wait)
+                try:
+                    return await anext(lines)
+                finally:
+                    self._waits.discard(wait)
+        except StopAsyncIteration:
+            return None
+        except (ApiError, TimeoutError):
+            if client is self._client:
+                raise
+            return None
 
 
 class ApiInput:

@@ -389,13 +389,18 @@ async def test_never_reachable_is_never_empty(api: FakeApiServer) -> None:
 
 
 async def test_a_wiped_etcd_does_delete(api: FakeApiServer) -> None:
-    publish(api, "a")
+    for name in "abc":
+        publish(api, name)
     async with fed(reading(api)) as (store, _):
         await until(lambda: held(store).synced)
         for kind in ("Service", "EndpointSlice"):
             await api.watching(kind)
         api.wipe()
-        await until(lambda: targets(store) == {}, timeout=30)
+        publish(api, "new")
+        for kind in ("Service", "EndpointSlice"):
+            await api.watching(kind)
+            api.bookmark(kind)  # with a version before the one that the watch began from
+        await until(lambda: targets(store) == {"new": ["10.0.0.1:8080"]}, timeout=30)
 
 
 async def test_without_service_cidrs_the_tenant_is_well(api: FakeApiServer) -> None:

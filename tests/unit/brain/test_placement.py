@@ -165,9 +165,7 @@ def test_a_cancelled_subscription_is_silent(placement: Placement) -> None:
 
 
 CLAIMS = st.lists(
-    st.builds(
-        Claim, st.sampled_from(["n1", "n2"]), st.sampled_from([b"", A, B]), st.sampled_from(["t", "u", "v"])
-    ),
+    st.builds(Claim, st.sampled_from(["n1", "n2"]), st.sampled_from([b"", A, B]), st.sampled_from(["t", "u", "v"])),
     max_size=3,
     unique=True,
 )
@@ -185,9 +183,7 @@ def test_counts_equal_counting_anew(changes) -> None:
     for name in ("n1", "n2"):
         here = [claim for claims in held.values() for claim in claims if claim.node == name]
         assert placement.tenants(name) == {claim.tenant for claim in here}
-        wanted = {
-            address: {claim.tenant for claim in here if claim.address == address} for address in (A, B)
-        }
+        wanted = {address: {claim.tenant for claim in here if claim.address == address} for address in (A, B)}
         flat = {address: owners for address, owners in wanted.items() if len(owners) == 1}
         # One object that claims one address for two tenants cannot be; what it says then is not defined.
         for address in (A, B):

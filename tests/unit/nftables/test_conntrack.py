@@ -161,18 +161,30 @@ def test_flows_whose_endpoint_no_longer_serves_are_forgotten(
 
 
 @pytest.mark.parametrize("support", [None, Support(zones=False, filters=False)], ids=["filters", "older kernel"])
+@pytest.mark.parametrize(
+    ("service", "other", "gone", "stays"),
+    [(DNS, OTHER, A, B), (DNS6, at("fd00::11", 53), A6, B6)],
+    ids=["IPv4", "IPv6"],
+)
 def test_the_many_flows_of_one_endpoint_are_forgotten_alike(
-    support: Support | None, tracker: Conntrack, clients: Clients
+    service: Target,
+    other: Target,
+    gone: Target,
+    stays: Target,
+    support: Support | None,
+    tracker: Conntrack,
+    clients: Clients,
 ) -> None:
     for _ in range(conntrack._MANY + 1):
-        clients.dial(DNS, A, zone=7)
+        clients.dial(service, gone, zone=7)
     for _ in range(3):
-        clients.dial(DNS, B, zone=7)
-        clients.dial(DNS, A, zone=8)
-        clients.dial(OTHER, A, zone=7)
+        clients.dial(service, stays, zone=7)
+        clients.dial(service, gone, zone=8)
+        clients.dial(other, gone, zone=7)
     tracker._support = support
-    assert tracker.reconcile(zone=7, protocol=UDP, serving={DNS: {B}}) == conntrack._MANY + 1
-    assert (count(tracker, 7, destination=DNS), count(tracker, 7, destination=OTHER), count(tracker, 8)) == (3, 3, 3)
+    assert tracker.reconcile(zone=7, protocol=UDP, serving={service: {stays}}) == conntrack._MANY + 1
+    left = count(tracker, 7, destination=service), count(tracker, 7, destination=other), count(tracker, 8)
+    assert left == (3, 3, 3)
 
 
 @pytest.mark.parametrize("zone", [-1, 65_536])

@@ -205,9 +205,7 @@ class RemovingAMapInUse(Batch):
         whole = super().message(generation)
         begin, end = whole[:20], whole[-20:]
         payload = wire.text(1, self.table) + wire.text(2, BALANCE.name)
-        delete = wire.message(
-            kind=10 << 8 | 11, flags=wire.NLM_F_ACK, sequence=1, family=self.family, payload=payload
-        )
+        delete = wire.message(kind=10 << 8 | 11, flags=wire.NLM_F_ACK, sequence=1, family=self.family, payload=payload)
         return begin + delete + end
 
 
@@ -279,14 +277,16 @@ def test_a_dump_is_of_one_generation_while_others_commit(kernel: Nfnetlink) -> N
     failures: list[Exception] = []
 
     def change() -> None:
-        for value in range(1, 30):
-            changed = kernel.batch()
-            changed.replace(ENDPOINTS, keys, np.full_like(data, value))
-            try:
-                kernel.commit(changed)
-            except NetlinkError as error:
-                failures.append(error)
+        with contextlib.closing(other):
+            for value in range(1, 30):
+                changed = other.batch()
+                changed.replace(ENDPOINTS, keys, np.full_like(data, value))
+                try:
+                    other.commit(changed)
+                except NetlinkError as error:
+                    failures.append(error)
 
+    other = Nfnetlink()
     changer = threading.Thread(target=change)
     changer.start()
     while changer.is_alive():

@@ -1,13 +1,20 @@
 """The node agent as a process would run it, with the brain down and a backend in memory."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 
 from tests.fakes.backend import FakeBackend, Kernel
 from tests.unit.node.conftest import FACTS, NODE, service_port
+from vcproxy.brain.config import Listen
+from vcproxy.brain.distribution import Distributor
+from vcproxy.brain.placement import Claim, Placement
+from vcproxy.brain.store import Store
+from vcproxy.model.addresses import parse_address
 from vcproxy.model.tenant import Tenant, TenantModel
 from vcproxy.node.cache import Cache
 from vcproxy.node.config import Attachment, BrainAddress, NodeConfiguration
@@ -15,6 +22,7 @@ from vcproxy.node.holdings import Held, Holdings
 from vcproxy.node.service import NodeAgent
 from vcproxy.ops import admin
 from vcproxy.ops.configfile import ConfigError
+from vcproxy.ops.pki import Authority
 
 WEB = service_port("web", "10.0.1.1")
 
@@ -74,6 +82,62 @@ async def test_a_node_that_starts_with_the_brain_down_forwards_what_it_had(confi
     assert list(kernel.tables["acme"]) == [WEB.key], "what was programmed stays"
     assert not Path(config.admin_socket).exists()
     assert not backend.opened
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(15):
+        while not condition():  # noqa: ASYNC110 - what is awaited is in another program's hands
+            await asyncio.sleep(0.01)
+
+
+async def test_with_a_real_brain_over_mutual_tls(config: NodeConfiguration, tmp_path: Path) -> None:
+    authority = Authority()
+    (tmp_path / "ca.crt").write_bytes(authority.certificate)
+    brain_files = authority.server(["127.0.0.1"]).write(tmp_path, "brain")
+    node_files = authority.node(NODE).write(tmp_path, "node")
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    store, placement = Store(), Placement()
+    placement.put_facts(NODE, FACTS)
+    placement.put("pod-1", [Claim(NODE, parse_address("10.0.1.1"), "acme")])
+    placement.set_ready()
+    store.add_tenant(Tenant("acme", "Acme"))
+    store.replace("acme", [WEB])
+    store.set_synced("acme")
+    listen = Listen(
+        address="127.0.0.1:0",
+        cert_file=str(brain_files[0]),
+        key_file=str(brain_files[1]),
+        client_ca_file=str(tmp_path / "ca.crt"),
+    )
+    kernel, stop, distributor = Kernel(), asyncio.Event(), Distributor(store=store, placement=placement)
+    kernel.tables["left-behind"] = {}
+    tables = kernel.tables
+    async with asyncio.TaskGroup() as group:
+        serving = group.create_task(distributor.serve(listen, bound=port.set_result))
+        connected = msgspec.structs.replace(
+            config,
+            brain=BrainAddress(
+                addresses=(f"127.0.0.1:{await port}",),
+                cert_file=str(node_files[0]),
+                key_file=str(node_files[1]),
+                ca_file=str(tmp_path / "ca.crt"),
+            ),
+        )
+        group.create_task(NodeAgent(connected, backend=FakeBackend(kernel=kernel)).run(stop))
+        await until(lambda: "acme" in tables and "left-behind" not in tables)
+        assert list(tables["acme"]) == [WEB.key]
+        assert kernel.attachments.addresses == {parse_address("10.0.1.1"): "acme"}
+        assert kernel.node.node_addresses == FACTS.addresses
+
+        store.update("acme", [service_port("web", "10.0.1.1", "10.0.2.2")], [])
+        await until(lambda: len(tables["acme"][WEB.key].cluster4) == 12)
+        revision = store.tenants()["acme"].revision
+        await until(lambda: [t.committed for node in distributor.nodes() for t in node.tenants] == [revision])
+
+        store.remove_tenant("acme")
+        await until(lambda: "acme" not in tables)
+        stop.set()
+        serving.cancel()
 
 
 def test_an_attachment_is_one_thing(config: NodeConfiguration) -> None:
