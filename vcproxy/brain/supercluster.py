@@ -60,6 +60,8 @@ class SuperClusterFeed:
         self.feed = self._runner if config.services else None
         if config.services:
             placement.set_scope(SUPER_UID, Scope.EVERY_NODE)
+            # Known from the start: a node that holds it from an earlier run is not told to drop it.
+            store.add_tenant(Tenant(SUPER_UID, SUPER_UID))
 
     @property
     def complete(self) -> bool:

@@ -1,6 +1,7 @@
 """`vcproxy brain` and `vcproxy node`: the two daemons."""
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def read(file: str, kind: type[configfile.T]) -> configfile.T:
 
 def run_daemon(start: Any, *, loop: Any = None) -> None:
     """Run until the daemon ends; expected errors become one line and exit status 1."""
+    # Our logs say when a stream ends; gRPC's own lines have no tenant, no node and no level.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         with asyncio.Runner(loop_factory=loop) as runner:
             runner.run(_main(start()))

@@ -89,7 +89,7 @@ class Demo:
         yield
 
     def _say(self, text: str) -> None:
-        self._console.print(f"  {text}")
+        self._console.print(f"  {text}", soft_wrap=True)
 
     def _build(self) -> None:
         with self._step("Two nodes, three tenants; brain and node agents as processes, over mutual TLS"):

@@ -7,6 +7,7 @@ as long as the process: one path through the code, whether they share a process 
 import asyncio
 import ipaddress
 import os
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -136,6 +137,9 @@ async def _both(brain: BrainConfiguration, agent: NodeConfiguration) -> None:
     from vcproxy.brain.service import Brain
     from vcproxy.node.service import NodeAgent
 
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
     async with asyncio.TaskGroup() as group:
-        group.create_task(Brain(brain).run())
-        group.create_task(NodeAgent(agent).run())
+        group.create_task(Brain(brain).run(stop))
+        group.create_task(NodeAgent(agent).run(stop))

@@ -35,7 +35,7 @@ LARGEST_MESSAGE = 16 << 20
 
 WELCOME_TIMEOUT = 10.0
 FIRST_PAUSE = 0.25
-LONGEST_PAUSE = 30.0
+LONGEST_PAUSE = 10.0
 STABLE = 10.0
 """Seconds after which a stream that ends counts as a success: pauses start small again."""
 

@@ -26,7 +26,10 @@ EVENTS = Counter("vcproxy_events", "Watch events and listed objects read", ["ten
 REFUSED = Counter("vcproxy_refused", "Objects or fields refused, by reason", ["tenant", "reason"], registry=REGISTRY)
 TENANTS = Gauge("vcproxy_tenants", "Tenants held", ["state"], registry=REGISTRY)
 STALE = Gauge(
-    "vcproxy_tenant_stale_seconds", "Since when a tenant's API server is unreachable", ["tenant"], registry=REGISTRY
+    "vcproxy_tenant_stale_since_timestamp_seconds",
+    "Unix time since when a tenant's API server cannot be reached; 0 when it can",
+    ["tenant"],
+    registry=REGISTRY,
 )
 NODES = Gauge("vcproxy_nodes_connected", "Node agents connected", registry=REGISTRY)
 SENT_BYTES = Counter("vcproxy_sent_bytes", "Bytes sent to nodes", ["message"], registry=REGISTRY)

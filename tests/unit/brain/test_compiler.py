@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.unit.brain.kinds import endpoint_slice, service
 
+from tests.unit.brain.kinds import endpoint_slice, service
 from vcproxy.brain.compiler import compile_service
 from vcproxy.brain.guard import UNRESTRICTED, Policy, Reason, Unusable
 from vcproxy.model.addresses import format_target, parse_address, parse_prefix

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.brain.kinds import endpoint_slice, service
 
+from tests.unit.brain.kinds import endpoint_slice, service
 from vcproxy.brain.compiler import Compiler, compile_service
 from vcproxy.brain.guard import UNRESTRICTED, Limits, Reason, Unusable
 from vcproxy.brain.slices import join, pack_slice

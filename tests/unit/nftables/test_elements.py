@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from vcproxy_nftables.batch import Batch
 from vcproxy_nftables.elements import MapSpec, Ranges, encode_verdict, following
 from vcproxy_nftables.netlink import Nfnetlink

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from vcproxy_nftables.elements import MapSpec
 from vcproxy_nftables.monitor import SUSPEND_FROM, Changes, Monitor
 from vcproxy_nftables.netlink import NetlinkError, Nfnetlink

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from vcproxy_nftables import wire
 from vcproxy_nftables.batch import Batch
 from vcproxy_nftables.dumps import repeats
@@ -191,7 +192,7 @@ def test_a_verdict_needs_its_chain(kernel: Nfnetlink) -> None:
 def test_a_map_of_another_shape_is_refused(kernel: Nfnetlink) -> None:
     batch = kernel.batch()
     batch.add(POOLS._replace(key_octets=8), bytes(8))
-    with pytest.raises(NetlinkError, match="pools.*EINVAL"):
+    with pytest.raises(NetlinkError, match=r"pools.*EINVAL"):
         kernel.commit(batch)
     kernel.commit(one(kernel))
     with pytest.raises(ValueError, match="keys and data have 4 and no octets"):

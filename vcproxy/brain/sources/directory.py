@@ -103,8 +103,8 @@ class DirectorySource:
     async def _watch(self) -> NoReturn:
         while True:
             try:
-                # 20 ms of quiet, at most 200: a file is read when its writer pauses, and often but once.
-                changes = watchfiles.awatch(self._path, watch_filter=None, step=20, debounce=200, rust_timeout=60_000)
+                # 10 ms of quiet, at most 200: a file is read when its writer pauses, and often but once.
+                changes = watchfiles.awatch(self._path, watch_filter=None, step=10, debounce=200, rust_timeout=60_000)
                 self._watch_problem = ()
                 async for _ in changes:
                     self._changed.set()
