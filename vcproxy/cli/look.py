@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from vcproxy.ops import admin
 
 SOCKETS = ("/run/vcproxy/brain.sock", "/run/vcproxy/node.sock")
 COLUMNS: Mapping[str, Sequence[str]] = {
-    "tenants": ("uid", "name", "revision", "synced", "stale", "ports", "endpoints", "refused", "digest"),
+    "tenants": ("uid", "name", "revision", "synced", "staleSince", "ports", "endpoints", "refused", "digest"),
     "services": ("tenant", "namespace", "service", "port", "protocol", "frontends", "endpoints"),
     "endpoints": ("tenant", "namespace", "service", "port", "protocol", "endpoint", "node", "conditions"),
     "frontends": ("tenant", "frontend", "kind", "namespace", "service", "port", "protocol"),
-    "nodes": ("node", "connected", "tenants", "behind", "rejections"),
+    "nodes": ("node", "connectedSince", "agent", "tenants", "behind", "rejections"),
 }
 
 _socket = click.option(
@@ -72,15 +72,37 @@ def status(path: str | None, output: str) -> None:
         raise SystemExit(1)
 
 
+TENANTS = ("uid", "name", "synced", "revision", "ports", "endpoints", "refused", "staleSince", "staleReason")
+ON_NODE = ("uid", "name", "synced", "revision", "committedRevision", "committedAt", "rejected", "staleSince", "error")
+STREAMS = ("node", "connectedSince", "tenant", "sent", "received", "committed", "current", "lagSeconds", "rejections")
+
+
 def _print_status(answer: Mapping[str, Any]) -> None:
-    facts = ", ".join(f"{key} {_text(value)}" for key, value in answer.items() if not isinstance(value, list | dict))
-    click.echo(f"{answer['role']}: {facts}")
-    for value in answer.values():
-        if isinstance(value, list) and value:
-            rows = [_readable(row) for row in value]
-            columns = dict.fromkeys(key for row in rows for key, cell in row.items() if not isinstance(cell, dict))
-            click.echo()
-            table(rows, list(columns), title=None)
+    facts = {key: value for key, value in answer.items() if not isinstance(value, list | dict) and value is not None}
+    click.echo(f"{facts.pop('role')}: " + ", ".join(f"{key} {_plain(value)}" for key, value in facts.items()))
+    for found in answer["problems"]:
+        click.secho(f"problem: {found['problem']}", fg="yellow")
+    if answer["tenants"]:
+        click.echo()
+        table(map(_readable, answer["tenants"]), TENANTS if answer["role"] == "brain" else ON_NODE)
+    for row in answer["tenants"]:
+        for key, reason in row.get("rejections", {}).items():
+            click.secho(f"rejected: {row['uid']} {key}: {reason}", fg="red")
+    if answer.get("nodes"):
+        click.echo()
+        table(map(_readable, _streams(answer["nodes"])), STREAMS)
+
+
+def _streams(nodes: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Tenants x nodes, one row each; a node without tenants has a row of its own."""
+    for node in nodes:
+        facts = {"node": node["node"], "connectedSince": node["connectedSince"]}
+        yield from (
+            {**facts, **row, "tenant": uid, "lagSeconds": row["lag_seconds"], "rejections": len(row["rejections"])}
+            for uid, row in node["byTenant"].items()
+        )
+        if not node["byTenant"]:
+            yield facts
 
 
 def _readable(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -88,12 +110,16 @@ def _readable(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {key: _text(value, key) for key, value in row.items()}
 
 
-def _text(value: Any, key: str = "") -> Any:
-    if key == "digest" and isinstance(value, str):
+def _text(value: Any, key: str) -> Any:
+    if key == "digest":
         return value[:12]
-    if key.lower().endswith(("since", "at")) and isinstance(value, int | float) and value:
+    if key.endswith(("Since", "At")) and value:
         return age(time.time() - value)
     return value
+
+
+def _plain(value: Any) -> Any:
+    return ("no", "yes")[value] if isinstance(value, bool) else value
 
 
 def age(seconds: float) -> str:

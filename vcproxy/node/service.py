@@ -16,6 +16,7 @@ from typing import Any
 
 from vcproxy.backend import registry
 from vcproxy.backend.protocol import Backend
+from vcproxy.model.endpoints import name_id
 from vcproxy.node import health
 from vcproxy.node.agent import Agent
 from vcproxy.node.cache import Cache
@@ -117,7 +118,9 @@ class NodeAgent:
             ],
             "/services": lambda query: self._rows(query, views.service_rows),
             "/frontends": lambda query: self._rows(query, views.frontend_rows),
-            "/endpoints": lambda query: self._rows(query, lambda uid, model: views.endpoint_rows(uid, model, {})),
+            "/endpoints": lambda query: self._rows(
+                query, lambda uid, model: views.endpoint_rows(uid, model, {name_id(self.node): self.node})
+            ),
             "/addresses": lambda _: views.address_rows(self._agent.attached.addresses),
         }
 

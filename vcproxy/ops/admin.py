@@ -91,9 +91,11 @@ async def fetch(path: str, route: str, parameters: Mapping[str, str] | None = No
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session:
         try:
             async with session.get(f"http://vcproxy{route}", params=parameters) as response:
+                if response.content_type != "application/json":
+                    raise AdminError(f"{path} has no {route}: ask the other daemon's socket (--socket)")
                 body = msgspec.json.decode(await response.read())
                 if response.status != 200:
-                    raise AdminError(body.get("error", f"{route}: status {response.status}"))
+                    raise AdminError(body["error"])
                 return body
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise AdminError(

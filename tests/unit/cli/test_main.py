@@ -63,8 +63,8 @@ def test_run_makes_both_configurations(tmp_path: Path) -> None:
 
 
 STATUS = {
-    "role": "node", "node": "one", "healthy": False, "brain": None,
-    "tenants": [{"uid": "dir-acme", "name": "[red]acme", "revision": 3, "staleSince": 1.0, "rejections": []}],
+    "role": "node", "node": "one", "healthy": False, "brain": None, "problems": [{"problem": "disk full"}],
+    "tenants": [{"uid": "dir-acme", "name": "[red]acme", "revision": 3, "staleSince": 1.0, "rejections": {"a/b": "why"}}],
 }  # fmt: skip
 
 
@@ -78,5 +78,7 @@ def test_status_prints_what_the_socket_says(tmp_path: Path, output: str, monkeyp
     result = CliRunner().invoke(main, ["status", "--socket", str(tmp_path / "x"), "-o", output])
     assert result.exit_code == 1  # not healthy
     assert "[red]acme" in result.output  # a tenant's name is text, never markup
+    assert "disk full" in result.output
+    assert "why" in result.output
     if output == "json":
         assert json.loads(result.output) == STATUS

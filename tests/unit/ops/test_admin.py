@@ -17,6 +17,8 @@ async def test_answers_and_unknown_names(tmp_path: Path) -> None:
         assert (await admin.fetch(path, "/status"))["healthy"] is True
         with pytest.raises(admin.AdminError, match="acme"):
             await admin.fetch(path, "/tenants", {"tenant": "acme"})
+        with pytest.raises(admin.AdminError, match="has no /nodes"):
+            await admin.fetch(path, "/nodes")
         with pytest.raises(admin.AdminError, match="another vcproxy"):
             async with admin.serve(path, routes):
                 pass
