@@ -19,7 +19,6 @@ import pytest
 
 from e2e.apiclient import ApiClient
 from e2e.controlplane import (
-    SUPER_SERVICE_CIDRS,
     TENANT_SERVICE_CIDRS,
     ControlPlane,
     MissingBinaries,
@@ -27,6 +26,7 @@ from e2e.controlplane import (
     start_together,
 )
 from e2e.objects import namespace
+from e2e.world import World, running
 
 PlaneFactory = Callable[..., ControlPlane]
 NamespaceFactory = Callable[..., str]
@@ -57,7 +57,7 @@ def _shared_planes(
     with ExitStack() as stack:
         planes = []
         for name, cidrs in (
-            ("super", SUPER_SERVICE_CIDRS),
+            ("super", TENANT_SERVICE_CIDRS),
             ("tenant-a", TENANT_SERVICE_CIDRS),
             ("tenant-b", TENANT_SERVICE_CIDRS),
         ):
@@ -71,7 +71,7 @@ def _shared_planes(
 
 @pytest.fixture(scope="session")
 def super_plane(_shared_planes: tuple[ControlPlane, ControlPlane, ControlPlane]) -> ControlPlane:
-    """The super cluster's control plane: Services in 10.96.0.0/16 and fd00:96::/108."""
+    """The super cluster's control plane: its Service ranges are the tenants', 10.32.0.0/16 and fd00:32::/108."""
     return _shared_planes[0]
 
 
@@ -81,6 +81,35 @@ def tenant_planes(
 ) -> tuple[ControlPlane, ControlPlane]:
     """Two tenants' control planes with the same Service ranges, 10.32.0.0/16 and fd00:32::/108."""
     return _shared_planes[1:]
+
+
+@pytest.fixture(scope="session")
+def flat_world(
+    super_plane: ControlPlane,
+    tenant_planes: tuple[ControlPlane, ControlPlane],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[World]:
+    """A world on the flat network, shared by tests that leave it as they found it: `acme` and `globex` with API
+    servers, `initech` from manifests."""
+    acme, globex = tenant_planes
+    with running(
+        tmp_path_factory.mktemp("flat"), super_plane, flat={"acme": acme, "globex": globex, "initech": None}
+    ) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def overlay_world(
+    super_plane: ControlPlane,
+    tenant_planes: tuple[ControlPlane, ControlPlane],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[World]:
+    """As `flat_world`, with a network of its own for each tenant: their pods have the same addresses."""
+    acme, globex = tenant_planes
+    with running(
+        tmp_path_factory.mktemp("overlay"), super_plane, overlay={"acme": acme, "globex": globex, "initech": None}
+    ) as world:
+        yield world
 
 
 @pytest.fixture

@@ -38,7 +38,6 @@ from e2e.polling import eventually
 from e2e.processes import Port, Process
 
 TENANT_SERVICE_CIDRS = ("10.32.0.0/16", "fd00:32::/108")
-SUPER_SERVICE_CIDRS = ("10.96.0.0/16", "fd00:96::/108")
 """Ranges of a VirtualCluster tenant and of its super cluster, with a second family."""
 
 BUILD = Path(__file__).parent / "tools" / "build"

@@ -66,7 +66,7 @@ class TestSharedPlanes:
         client = super_plane.client
         [item] = client.list("EndpointSlice", "default", labels="kubernetes.io/service-name=kubernetes").items
         assert [e["addresses"] for e in item["endpoints"]] == [["192.0.2.1"]]
-        assert client.get("Service", "kubernetes", "default").object["spec"]["clusterIP"] == "10.96.0.1"
+        assert client.get("Service", "kubernetes", "default").object["spec"]["clusterIP"] == "10.32.0.1"
 
     def test_credentials_of_one_tenant_are_worthless_at_another(
         self, tenant_planes: tuple[ControlPlane, ControlPlane], tmp_path: Path
