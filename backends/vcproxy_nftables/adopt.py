@@ -23,7 +23,7 @@ from vcproxy_nftables.elements import Elements, MapSpec
 from vcproxy_nftables.netlink import Nfnetlink
 from vcproxy_nftables.plan import Plan, Planner
 from vcproxy_nftables.pools import EXACT_SIZES, NUMBER_BITS, NUMBER_MASK, NUMBERS, expand
-from vcproxy_nftables.specs import ATTACHMENT, COMMENTED, FAMILY, NODE, ORDER, PORT, TENANTS, WANTED, ZONED
+from vcproxy_nftables.specs import ATTACHMENT, COMMENTED, FAMILY, NODE, ORDER, PORT, TENANTS, WANTED, ZONED, zone_of
 from vcproxy_nftables.state import POOLS, WIDTH, Pool, Port, Tenant, affine_elements, claim_of
 
 Values = dict[bytes, bytes]
@@ -139,10 +139,10 @@ def _sort(image: Image) -> None:
 
     for spec in ZONED:
         for key, value in image.elements[spec].items():
-            give(uids.get(int.from_bytes(key[:2], ORDER)), spec, key, value)
+            give(uids.get(zone_of(spec, key)), spec, key, value)
     for (_, family), specs in PORT.items():
         for key, value in image.elements[specs.frontends].items():
-            point(uids.get(int.from_bytes(key[:2], ORDER)), family, value)
+            point(uids.get(zone_of(specs.frontends, key)), family, value)
         for holder, outside, dependents in (
             (specs.public, specs.public_outside, (specs.firewalled, specs.allowed, *specs[7:9])),
             (specs.nodeports, specs.nodeports_outside, specs[9:11]),

@@ -135,12 +135,11 @@ class NftablesBackend:
             removed = tenant.ports.keys() - {port.key for port in update.put}
         for key in removed:
             self._planner.remove(plan, tenant, key)
-        for port in update.put:
-            self._planner.put(plan, tenant, port, hint=adoption.hint if adoption else None)
+        rejected = self._planner.put(plan, tenant, update.put, hint=adoption.hint if adoption else None)
         if adoption:
             adoption.finish()
         operations, refused = self._execute(plan, tenant, previous)
-        return Applied(operations=operations, rejections=(*plan.rejected(), *refused))
+        return Applied(operations=operations, rejections=(*rejected, *refused))
 
     def remove_tenant(self, uid: str) -> None:
         """Remove all of a tenant. Its zone is kept for as long as it is attached, and flushed in any case."""
@@ -267,7 +266,7 @@ class NftablesBackend:
                 if good is None:
                     self._planner.remove(undo, tenant, key)
                 else:
-                    self._planner.put(undo, tenant, good)
+                    self._planner.put(undo, tenant, [good])
 
     def _mend(self) -> tuple[int, Drift]:
         kernel = self._kernel

@@ -14,7 +14,7 @@ from vcproxy.model.addresses import format_address, format_target
 from vcproxy.model.services import Protocol
 from vcproxy_nftables.adopt import Image
 from vcproxy_nftables.pools import DROP, NUMBER_MASK, NUMBERS, split
-from vcproxy_nftables.specs import FAMILY, ORDER, PORT, PortSpecs, number
+from vcproxy_nftables.specs import FAMILY, ORDER, PORT, PortSpecs, number, zone_of
 from vcproxy_nftables.state import WIDTH
 
 Row = Mapping[str, Any]
@@ -26,7 +26,7 @@ def rows(image: Image, uid: str | None = None) -> Iterator[Row]:
     for (protocol, family), specs in PORT.items():
         octets = WIDTH[family] - 2
         for key, value in image.elements[specs.frontends].items():
-            tenant = uids.get(int.from_bytes(key[:2], ORDER), "")
+            tenant = uids.get(zone_of(specs.frontends, key), "")
             if uid in (None, tenant):
                 yield _row(image, specs, protocol, family, "cluster-ip", tenant, key[4 : 4 + octets], key[-4:-2], value)
         for key, value in image.elements[specs.public].items():

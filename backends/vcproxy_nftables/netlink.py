@@ -210,7 +210,11 @@ class Nfnetlink:
         )
 
     def dump(self, spec: MapSpec) -> Elements:
-        """All elements of a map, each once, of one generation. Takes 5 us for each, and more beyond some 100,000.
+        """All elements of a map, each once, of one generation.
+
+        The kernel's time grows with the square, whoever reads, as it walks the map from its start for every 32 KiB:
+        0.5 s for 100,000 elements of 16 octets, 3 s for 250,000, 15 s for 500,000, 53 s for 1,000,000. A transaction of
+        anybody's meanwhile, in any table, makes it start again; own ones wait.
 
         Of a dynamic map, what the packet path adds meanwhile may be told or not. Raises TableMissing, NetlinkError (no
         such map), DumpInterrupted (others commit all the time), and ValueError if the map has another shape.

@@ -17,7 +17,7 @@ from vcproxy_nftables.specs import (
     interface_key,
     merge_prefixes,
     prefix_range,
-    zone_field,
+    zone_range_field,
     zone_value,
 )
 from vcproxy_nftables.zones import SUPER_ZONE
@@ -51,7 +51,7 @@ def node_elements(state: NodeState) -> dict[MapSpec, Values]:
     for family, specs in FAMILY.items():
         octets = 4 if family == 4 else 16
         sources = tuple(prefix for prefix in state.local_sources or () if len(prefix.address) == octets)
-        lead = zone_field(SUPER_ZONE)
+        lead = zone_range_field(SUPER_ZONE)
         wanted[specs.local_sources] = {prefix_range(lead, prefix): b"" for prefix in merge_prefixes(sources)}
         wanted[specs.node_addresses] = {address: b"" for address in state.node_addresses if len(address) == octets}
     return wanted

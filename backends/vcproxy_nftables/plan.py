@@ -13,6 +13,8 @@ use is a chain, and a hostile tenant could otherwise make one for each of 86,400
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
+from msgspec.structs import replace
+
 from vcproxy.backend.protocol import Rejection
 from vcproxy.model.addresses import Prefix, format_target
 from vcproxy.model.forwarding import ForwardedFrontend, ForwardedPort
@@ -32,6 +34,7 @@ from vcproxy_nftables.state import (
     first_of_each,
     is_public,
     learn_verdict,
+    pools_of,
     range_elements,
     shared,
 )
@@ -46,7 +49,9 @@ Hint = Callable[[Port, ForwardedPort], tuple[Pool | None, ...]]
 
 def affinity_class(seconds: int) -> int:
     """The timeout that is programmed for a wanted one: the next with three significant digits."""
-    step: int = 10 ** max(0, len(str(seconds)) - 3)
+    if seconds < 1000:
+        return seconds
+    step: int = 10 ** (len(str(seconds)) - 3)
     return -(-seconds // step) * step
 
 
@@ -77,7 +82,7 @@ class Plan:
 
     `flows`: by zone; PUBLIC stands for all zones that may dial public frontends. `classes`, `timeouts`: by family, the
     size classes and affinity timeouts whose chains must exist before. `freed`: (family, pool number), to be handed out
-    again when all is committed. `rejections`: why a port is not programmed, or not in full.
+    again when all is committed.
     """
 
     PUBLIC = -1
@@ -88,11 +93,6 @@ class Plan:
         self.classes: dict[int, set[int]] = {4: set(), 6: set()}
         self.timeouts: dict[int, set[int]] = {4: set(), 6: set()}
         self.freed: list[tuple[int, int]] = []
-        self.rejections: dict[PortKey, str] = {}
-
-    def rejected(self) -> tuple[Rejection, ...]:
-        """The ports that are not programmed, or not in full."""
-        return tuple(Rejection(key, reason) for key, reason in self.rejections.items())
 
 
 class Planner:
@@ -107,20 +107,41 @@ class Planner:
         self._claims: dict[Claim, Port] = {}
         self._waiting: dict[Claim, list[Port]] = {}
 
-    def put(self, plan: Plan, tenant: Tenant, forwarded: ForwardedPort, *, hint: Hint | None = None) -> None:
-        """Make a port this. `hint`: tells the pools that the kernel has for a port that is new to the mirror."""
-        if reason := self._impossible(forwarded):
-            plan.rejections[forwarded.key] = reason
-            return
-        port = tenant.ports.get(forwarded.key)
-        if port is None:
-            port = tenant.ports[forwarded.key] = Port(tenant, ForwardedPort(forwarded.key))
-            if hint is not None:
-                port.pools = hint(port, forwarded)
-        if port.blocked or port.forwarded != forwarded:
-            self._change(plan, port, forwarded)
-        if port.blocked:
-            plan.rejections[forwarded.key] = "; ".join(dict.fromkeys(port.blocked.values()))
+    def put(
+        self, plan: Plan, tenant: Tenant, ports: Iterable[ForwardedPort], *, hint: Hint | None = None
+    ) -> list[Rejection]:
+        """Make ports these. `hint`: tells the pools that the kernel has for a port that is new to the mirror.
+
+        Returns the ports that keep their last form, and those that do not get all their frontends, with the reasons.
+        """
+        rejected: dict[PortKey, str] = {}
+        possible: list[ForwardedPort] = []
+        for forwarded in ports:
+            if reason := self._impossible(forwarded):
+                rejected[forwarded.key] = reason
+            else:
+                possible.append(forwarded)
+        # First what they give up, so that ports may exchange addresses within one update.
+        shrunk: set[PortKey] = set()
+        for forwarded in possible:
+            port = tenant.ports.get(forwarded.key)
+            if port is not None and port.forwarded.frontends != forwarded.frontends:
+                claims = {claim_of(port, frontend) for frontend in forwarded.frontends}
+                kept = tuple(frontend for frontend in port.forwarded.frontends if claim_of(port, frontend) in claims)
+                if len(kept) < len(port.forwarded.frontends):
+                    self._change(plan, port, replace(port.forwarded, frontends=kept), keep_pools=True)
+                    shrunk.add(forwarded.key)
+        for forwarded in possible:
+            port = tenant.ports.get(forwarded.key)
+            if port is None:
+                port = tenant.ports[forwarded.key] = Port(tenant, ForwardedPort(forwarded.key))
+                port.pools = hint(port, forwarded) if hint else port.pools
+            if port.blocked or port.forwarded != forwarded or forwarded.key in shrunk:
+                self._change(plan, port, forwarded)
+        for forwarded in possible:
+            if blocked := tenant.ports[forwarded.key].blocked:
+                rejected[forwarded.key] = "; ".join(dict.fromkeys(blocked.values()))
+        return [Rejection(key, reason) for key, reason in rejected.items()]
 
     def remove(self, plan: Plan, tenant: Tenant, key: PortKey) -> None:
         """Remove a port; an unknown one is no error."""
@@ -159,26 +180,40 @@ class Planner:
             _note(plan, before, first_of_each(elements(port, addresses)))
 
     def _impossible(self, forwarded: ForwardedPort) -> str:
-        for action, family in POOLS:
-            count = len(forwarded.pool(action, family)) // WIDTH[family]
+        for family, cluster, local in (
+            (4, forwarded.cluster4, forwarded.local4),
+            (6, forwarded.cluster6, forwarded.local6),
+        ):
+            if not (cluster or local):
+                continue
+            count = max(len(cluster), len(local)) // WIDTH[family]
             if count > MAX_TARGETS:
                 return f"it has {count} IPv{family} endpoints; a service port may have {MAX_TARGETS}"
-            if count and self.numbers[family].available < 2:
+            if self.numbers[family].available < 2:
                 return f"all {NUMBERS} pools of IPv{family} are in use on this node"
         return ""
 
-    def _change(self, plan: Plan, port: Port, forwarded: ForwardedPort) -> None:
-        """Make a port `forwarded` (which may be what it is), and see who gets what it gives up."""
+    def _change(self, plan: Plan, port: Port, forwarded: ForwardedPort, *, keep_pools: bool = False) -> None:
+        """Make a port `forwarded` (which may be what it is), and see who gets what it gives up.
+
+        `keep_pools`: even those that no frontend uses now; this is not the last word about the port.
+        """
         old = port.forwarded
-        before = first_of_each(elements(port, self.node_addresses))
-        held = list(shared(port))
-        claims = self._held(port)
+        before: dict[Claim, bytes] = {}
+        shared_before: list[Claim] = []
+        claims: set[Claim] = set()
+        if old.frontends:
+            before = first_of_each(elements(port, self.node_addresses))
+            claims = self._held(port)
+        if old.frontends or old.own4 or old.own6:
+            shared_before = list(shared(port))
         port.forwarded = forwarded
-        self._set_pools(plan, port)
-        released = self._claim(port, claims)
+        released, used = self._claim(port, claims)
+        if not keep_pools:
+            self._set_pools(plan, port, used)
         after = first_of_each(elements(port, self.node_addresses))
         _note(plan, before, after)
-        _recount(plan, port.tenant, held, list(shared(port)))
+        _recount(plan, port.tenant, shared_before, list(shared(port)))
         if forwarded.key.protocol is Protocol.UDP:
             self._note_flows(plan, port, old, before, after)
         for claim in released:
@@ -194,10 +229,14 @@ class Planner:
             if position not in port.blocked
         }
 
-    def _claim(self, port: Port, before: set[Claim]) -> list[Claim]:
-        """Claim all of a port's frontends, block those that it cannot have, and return what it gave up."""
+    def _claim(self, port: Port, before: set[Claim]) -> tuple[list[Claim], set[int]]:
+        """Claim all of a port's frontends and block those that it cannot have.
+
+        Returns what it gave up, and the places in Port.pools that the frontends which it has use.
+        """
         blocked: dict[int, str] = {}
         held: set[Claim] = set()
+        used: set[int] = set()
         for position, frontend in enumerate(port.forwarded.frontends):
             claim = claim_of(port, frontend)
             if is_public(frontend) and port.tenant.overlay:
@@ -206,7 +245,9 @@ class Planner:
                     "others cannot reach; publish the service in the super cluster, or attach the tenant by address"
                 )
             elif (holder := self._holder(claim, port)) is port:
-                held.add(claim)
+                if claim not in held:  # of two frontends with one address, the first decides
+                    held.add(claim)
+                    used |= pools_of(frontend)
             else:
                 mine = holder is not None and holder.tenant is port.tenant
                 owner = str(holder.forwarded.key) if holder and mine else "another tenant"
@@ -218,7 +259,7 @@ class Planner:
         released = [claim for claim in before if claim not in held]
         for claim in released:
             del self._claims[claim]
-        return released
+        return released, used
 
     def _holder(self, claim: Claim, port: Port) -> Port | None:
         """Who holds a claim: `port` from now on, if nobody else does; None for a tenant not told about yet."""
@@ -230,11 +271,12 @@ class Planner:
         kept = [claim for claim, owner in self.promised.items() if owner == uid]
         for claim in kept:
             del self.promised[claim]
-            if claim not in self._claims:
-                self._hand_over(plan, claim)
+            self._hand_over(plan, claim)
 
     def _hand_over(self, plan: Plan, claim: Claim) -> None:
-        """Give a claim that nobody holds to the one that waits longest and still wants it."""
+        """Give a claim to the one that waits longest and still wants it, unless somebody has it by now."""
+        if claim in self._claims:
+            return
         waiting = self._waiting.pop(claim, [])
         while waiting:
             port = waiting.pop(0)
@@ -249,18 +291,19 @@ class Planner:
 
     # Pools
 
-    def _set_pools(self, plan: Plan, port: Port) -> None:
+    def _set_pools(self, plan: Plan, port: Port, used: set[int]) -> None:
         seconds = affinity_class(port.forwarded.affinity_seconds)
-        port.pools = tuple(
-            self._set_pool(plan, family, pool, port.forwarded.pool(action, family), seconds)
-            for (action, family), pool in zip(POOLS, port.pools, strict=True)
-        )
+        pools: list[Pool | None] = [None, None, None, None]
+        for place, (action, family) in enumerate(POOLS):
+            pool = port.pools[place]
+            wanted = port.forwarded.pool(action, family) if place in used else b""
+            if pool is not None or wanted:
+                pools[place] = self._set_pool(plan, family, pool, wanted, seconds)
+        port.pools = tuple(pools)
 
     def _set_pool(self, plan: Plan, family: int, pool: Pool | None, wanted: bytes, seconds: int) -> Pool | None:
         width = WIDTH[family]
         if pool is None:
-            if not wanted:
-                return None
             pool = Pool(self.numbers[family].take())
         slots = arrange(pool.slots, wanted, width)
         if slots != pool.slots:

@@ -63,7 +63,7 @@ def _family(f: int) -> FamilySpecs:
         zone_by_address=MapSpec(f"zone_by_address{f}", a, 2),
         endpoints=MapSpec(f"endpoints{f}", 8, a + 4),
         balance=MapSpec(f"balance{f}", 4, verdict=True),
-        affinity=MapSpec(f"affinity{f}", 4 + a, 4),
+        affinity=MapSpec(f"affinity{f}", 4 + min(a, 12), 4),
         affine_pools=MapSpec(f"affine_pools{f}", 4, verdict=True),
         affine_targets=MapSpec(f"affine_targets{f}", 4, a + 4),
         affine_ids=MapSpec(f"affine_ids{f}", 8 + a, 4),
@@ -129,6 +129,16 @@ WANTED: tuple[MapSpec, ...] = (TENANTS, *NODE, *ATTACHMENT, *ZONED, *PUBLIC, *AF
 def zone_field(zone: int) -> bytes:
     """`ct zone` in a concatenation."""
     return zone.to_bytes(2, ORDER) + b"\0\0"
+
+
+def zone_range_field(zone: int) -> bytes:
+    """`ct zone` in a set of ranges: nft turns it to big endian in set and rule, so that ranges compare as numbers."""
+    return zone.to_bytes(2, "big") + b"\0\0"
+
+
+def zone_of(spec: MapSpec, key: bytes) -> int:
+    """The zone that a key of ZONED starts with."""
+    return int.from_bytes(key[:2], "big" if spec.ranges else ORDER)
 
 
 def zone_value(zone: int) -> bytes:

@@ -24,6 +24,7 @@ from vcproxy_nftables.specs import (
     prefix_range,
     target_value,
     zone_field,
+    zone_range_field,
 )
 from vcproxy_nftables.table import learn_chain
 
@@ -81,12 +82,18 @@ POOLS: tuple[tuple[Action, int], ...] = (
     (Action.LOCAL, 4),
     (Action.LOCAL, 6),
 )
-"""Which is which in Port.pools."""
+"""Which is which in Port.pools; see pools_of for the way back."""
 
 
 def is_public(frontend: ForwardedFrontend) -> bool:
     """True if clients of all zones dial it."""
     return frontend.kind is not FrontendKind.CLUSTER_IP
+
+
+def pools_of(frontend: ForwardedFrontend) -> set[int]:
+    """The places in Port.pools that a frontend sends clients to."""
+    six = len(frontend.address) == 16
+    return {2 * (action - 1) + six for action in (frontend.inside, frontend.outside) if action <= Action.LOCAL}
 
 
 def claim_of(port: Port, frontend: ForwardedFrontend) -> tuple[MapSpec, bytes]:
@@ -179,7 +186,7 @@ def shared(port: Port) -> Iterator[tuple[MapSpec, bytes]]:
 
 def range_elements(tenant: Tenant, prefixes: tuple[Prefix, ...]) -> set[tuple[MapSpec, bytes]]:
     """The elements of virtual_ranges for a tenant's ranges."""
-    zone = zone_field(tenant.zone)
+    zone = zone_range_field(tenant.zone)
     return {
         (FAMILY[4 if len(prefix.address) == 4 else 6].virtual_ranges, prefix_range(zone, prefix))
         for prefix in merge_prefixes(prefixes)

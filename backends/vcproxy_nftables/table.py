@@ -20,7 +20,10 @@ touches it. Only `balance` and `affine_pools`, which are small and seldom touche
 Session affinity must end with its endpoint, and without a walk over all clients. So a client is not bound to an address
 but to a target id (pool number and a number within the pool), which a second map resolves: without the endpoint's
 element there, the client's binding leads nowhere and the client is balanced anew, and all others keep theirs. An id
-packs as class << 20 | pool number, so that masking gives back the pool.
+packs as class << 20 | pool number, so that masking gives back the pool. A binding that leads nowhere is deleted on the
+way: `update` of an element that is there renews its timeout and leaves its data (nft_dynset_eval), so the client's next
+endpoint would not be learnt. An IPv6 client is the lower 96 bits of its address: nft 1.0.6 gives the key of a map that
+is updated 16 octets of registers, and puts the data right behind, over whatever part of a longer key lies there.
 
 Public frontends (external, load-balancer, node ports) have no zone in their key and come after the zone's own. For
 clients outside, `*_outside` is asked first and holds only the exceptions.
@@ -46,6 +49,9 @@ READY_SIZES = range(2, 17)  # balance chains that come with the table: the usual
 AFFINITY_CLIENTS = 1_000_000  # per family; when full, further clients are balanced without being bound
 
 _IP = {4: "ip", 6: "ip6"}
+_CLIENT = {4: "ip saddr", 6: "@nh,96,96"}  # of affinity: for IPv6 the lower 96 bits of the source address
+_CLIENT = {4: "ip saddr", 6: "jhash ip6 saddr mod 4294967295 seed 0x76637078"}
+_CLIENT_TYPE = {4: "ip saddr", 6: "numgen random mod 65536"}  # both an integer of 32 bits; typeof jhash does not list
 _INSIDE = "ct zone 0 ct zone . {ip} saddr != @local_sources{f} fib saddr type != local"
 
 
@@ -80,7 +86,7 @@ def _family_sets(f: int) -> str:
         + _map(f"balance{f}", "meta priority : verdict")
         + _map(
             f"affinity{f}",
-            f"meta priority . {ip} saddr : meta priority",
+            f"meta priority . {_CLIENT[f]} : meta priority",
             f"size {AFFINITY_CLIENTS}",
             "flags dynamic,timeout",
         )
@@ -147,7 +153,7 @@ def _balance_chain(f: int, size: int) -> str:
     return _chain(
         balance_chain(f, size),
         "meta priority set meta priority & f:ffff",
-        f"meta priority set meta priority . {_IP[f]} saddr map @affinity{f} jump affine{f}",
+        f"meta priority set meta priority . {_CLIENT[f]} map @affinity{f} jump affine{f}",
         *_random_slot(f, size),
     )
 
@@ -158,7 +164,9 @@ def _family_chains(f: int) -> str:
         _chain(
             f"affine{f}",
             *(f"meta l4proto {p} dnat {ip} to meta priority map @affine_targets{f}" for p in PROTOCOLS),
+            f"delete @affinity{f} {{ meta priority & f:ffff . {_CLIENT[f]} : meta priority }}",
             "meta priority set meta priority & f:ffff",
+            f"meta nfproto ipv{f} delete @affinity{f} {{ meta priority . {_CLIENT[f]} : meta priority }}",
         )
         + _chain(
             f"pool{f}",
@@ -267,7 +275,7 @@ def balance_text(family: int, classes: Iterable[int]) -> str:
 def learn_text(family: int, timeouts: Iterable[int]) -> str:
     """nft text that adds the chains that bind clients for these numbers of seconds."""
     ip = _IP[family]
-    key = f"meta priority & f:ffff . {ip} saddr"
+    key = f"meta priority & f:ffff . {_CLIENT[family]}"
     chains = "".join(
         _chain(
             learn_chain(family, seconds),

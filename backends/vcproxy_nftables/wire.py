@@ -89,7 +89,7 @@ class GenerationChanged(NetlinkError):
 
 
 class DumpInterrupted(NetlinkError):
-    """The ruleset kept changing while it was read, whatever often it was tried again."""
+    """The ruleset kept changing while it was read, however often that was tried."""
 
 
 class Answer(NamedTuple):

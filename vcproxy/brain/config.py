@@ -71,6 +71,9 @@ class Tenants(Section, frozen=True):
 
     sources: tuple[TenantSource, ...] = (TenantSource(directory=DirectorySource()),)
     policy: TenantPolicy = TenantPolicy()
+    silence_seconds: Annotated[
+        float, Meta(description="a watch that says nothing for so long is given up; API servers speak once a minute")
+    ] = 150.0
     linger_seconds: Annotated[
         float, Meta(description="how long a node keeps a tenant after the last of its pods there")
     ] = 120.0

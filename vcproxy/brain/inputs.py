@@ -20,7 +20,7 @@ from vcproxy.kube.decode import ENDPOINT_SLICES, NODES, PODS, SERVICE_CIDRS, SER
 from vcproxy.kube.errors import ApiError
 from vcproxy.kube.kubeconfig import Credentials
 from vcproxy.kube.lines import Line
-from vcproxy.kube.reflector import Event, Reflector
+from vcproxy.kube.reflector import Event, Reflector, Timing
 
 T = TypeVar("T", bound=HasKey)
 
@@ -95,14 +95,21 @@ class ApiInput:
     """Input from an API server.
 
     `resources`: what to follow. A ServiceCIDR that the server does not serve (before 1.33) is asked for ever more
-    rarely, and concerns nobody else.
+    rarely, and concerns nobody else. `timing`: of each reflector.
     """
 
     def __init__(
-        self, credentials: Credentials, *, tenant: str, resources: Sequence[Resource[Any]], limits: ClientLimits
+        self,
+        credentials: Credentials,
+        *,
+        tenant: str,
+        resources: Sequence[Resource[Any]],
+        limits: ClientLimits,
+        timing: Timing | None = None,
     ) -> None:
         self._credentials = credentials
         self._resources = resources
+        self._timing = timing
         self._client = RotatingClient(partial(Client, tenant=tenant, limits=limits), credentials)
         self._moved = asyncio.Event()
 
@@ -142,7 +149,7 @@ class ApiInput:
             sink(kind, event)
 
         # RotatingClient has the two methods that a Reflector calls, and is a Client in that.
-        return Reflector(cast("Client", self._client), resource, take)
+        return Reflector(cast("Client", self._client), resource, take, timing=self._timing)
 
 
 class _Moved(Exception):

@@ -29,6 +29,7 @@ from vcproxy.brain.store import Store
 from vcproxy.brain.supercluster import SuperClusterFeed
 from vcproxy.brain.tenants import Grant, Tenants
 from vcproxy.kube.client import Limits as ClientLimits
+from vcproxy.kube.reflector import Timing
 from vcproxy.model.addresses import AddressError, Prefix, parse_prefix
 from vcproxy.ops import admin, logs, metrics
 from vcproxy.ops.configfile import ConfigError
@@ -55,7 +56,7 @@ class Brain:
             _sources(config.tenants.sources),
             store=self.store,
             placement=self.placement,
-            grant=grant_of(config.tenants.policy),
+            grant=grant_of(config.tenants),
             scope=Scope.PLACED if config.super_cluster is not None else Scope.EVERY_NODE_UNTIL_PLACED,
             completed=self._judge_ready,
         )
@@ -150,8 +151,9 @@ class Brain:
             yield
 
 
-def grant_of(policy: configuration.TenantPolicy) -> Grant:
+def grant_of(tenants: configuration.Tenants) -> Grant:
     """What the configuration grants tenants, parsed. Raises ConfigError."""
+    policy = tenants.policy
     limits = policy.limits
     virtual = _prefixes("virtualIPRanges", policy.virtual_ip_ranges)
     return Grant(
@@ -163,6 +165,7 @@ def grant_of(policy: configuration.TenantPolicy) -> Grant:
         ),
         events_per_second=limits.events_per_second,
         client=ClientLimits(object_bytes=limits.object_bytes),
+        timing=Timing(inactivity=tenants.silence_seconds),
     )
 
 

@@ -31,7 +31,7 @@ from vcproxy.kube.backoff import Backoff
 from vcproxy.kube.client import Limits as ClientLimits
 from vcproxy.kube.errors import KubeconfigError
 from vcproxy.kube.kubeconfig import Credentials
-from vcproxy.kube.reflector import Event
+from vcproxy.kube.reflector import Event, Timing
 from vcproxy.model.tenant import Tenant
 from vcproxy.ops import logs, metrics
 
@@ -44,6 +44,7 @@ class Grant(msgspec.Struct, frozen=True):
     policy: Policy
     events_per_second: int
     client: ClientLimits
+    timing: Timing
 
 
 class _Held:
@@ -181,7 +182,9 @@ class Tenants:
     def _input(self, access: Credentials | Input, uid: str) -> Input:
         if not isinstance(access, Credentials):
             return access
-        return ApiInput(access, tenant=uid, resources=TENANT_KINDS, limits=self._grant.client)
+        return ApiInput(
+            access, tenant=uid, resources=TENANT_KINDS, limits=self._grant.client, timing=self._grant.timing
+        )
 
     def _start(self, found: TenantFound, held: _Held, source: Input, group: asyncio.TaskGroup) -> None:
         uid = found.uid

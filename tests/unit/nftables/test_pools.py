@@ -1,8 +1,11 @@
 """Size classes, slots and numbers of pools."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vcproxy_nftables.pools import (
     CLASSES,
     EXACT_SIZES,
@@ -27,7 +30,7 @@ targets = st.lists(st.integers(0, 30), unique=True, max_size=20).map(
 def test_sizes_are_exact_where_it_can_be_seen_and_within_half_a_percent_elsewhere() -> None:
     assert len(SIZES) == CLASSES
     assert all(SIZES[size_class(count)] == count for count in range(1, EXACT_SIZES + 1))
-    assert all(a < b for a, b in zip(SIZES, SIZES[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(SIZES))
     for count in range(EXACT_SIZES + 1, MAX_TARGETS + 1, 37):
         assert count <= SIZES[size_class(count)] <= count * 1.005 + 1
     assert SIZES[size_class(MAX_TARGETS)] == MAX_TARGETS
