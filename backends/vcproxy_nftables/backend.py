@@ -272,14 +272,14 @@ class NftablesBackend:
         kernel = self._kernel
         kernel.drifted()  # what happened up to here is about to be seen
         self._repair_due = True  # until it is done
-        rebuilt = not kernel.netlink.exists()
-        if rebuilt:
+        missing = not kernel.netlink.exists()
+        rebuilt = missing or not kernel.is_sound()
+        if missing:
             kernel.create_table()
-        elif not kernel.is_sound():
+        elif rebuilt:
             kernel.mend_chains()
-            rebuilt = True
         plan, drift = repair.difference(
-            adopt.read(kernel.netlink),
+            adopt.Image() if missing else adopt.read(kernel.netlink),
             (tenant for tenant in self._planner.tenants.values() if not tenant.adopted),
             self._fixed,
             self._untold,

@@ -20,7 +20,7 @@ touches it. Only `balance` and `affine_pools`, which are small and seldom touche
 Session affinity must end with its endpoint, and without a walk over all clients. So a client is not bound to an address
 but to a target id (pool number and a number within the pool), which a second map resolves: without the endpoint's
 element there, the client's binding leads nowhere and the client is balanced anew, and all others keep theirs. An id
-packs as class << 20 | pool number, so that masking gives back the pool. A binding that leads nowhere is deleted on the
+packs as id << 20 | pool number, so that masking gives back the pool. A binding that leads nowhere is deleted on the
 way: `update` of an element that is there renews its timeout and leaves its data (nft_dynset_eval), so the client's next
 endpoint would not be learnt. An IPv6 client is the lower 96 bits of its address: nft 1.0.6 gives the key of a map that
 is updated 16 octets of registers, and puts the data right behind, over whatever part of a longer key lies there.
@@ -50,8 +50,6 @@ AFFINITY_CLIENTS = 1_000_000  # per family; when full, further clients are balan
 
 _IP = {4: "ip", 6: "ip6"}
 _CLIENT = {4: "ip saddr", 6: "@nh,96,96"}  # of affinity: for IPv6 the lower 96 bits of the source address
-_CLIENT = {4: "ip saddr", 6: "jhash ip6 saddr mod 4294967295 seed 0x76637078"}
-_CLIENT_TYPE = {4: "ip saddr", 6: "numgen random mod 65536"}  # both an integer of 32 bits; typeof jhash does not list
 _INSIDE = "ct zone 0 ct zone . {ip} saddr != @local_sources{f} fib saddr type != local"
 
 
@@ -166,7 +164,6 @@ def _family_chains(f: int) -> str:
             *(f"meta l4proto {p} dnat {ip} to meta priority map @affine_targets{f}" for p in PROTOCOLS),
             f"delete @affinity{f} {{ meta priority & f:ffff . {_CLIENT[f]} : meta priority }}",
             "meta priority set meta priority & f:ffff",
-            f"meta nfproto ipv{f} delete @affinity{f} {{ meta priority . {_CLIENT[f]} : meta priority }}",
         )
         + _chain(
             f"pool{f}",
