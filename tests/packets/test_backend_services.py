@@ -322,12 +322,17 @@ def test_client_ip_affinity_expires(cluster: Cluster, family: int) -> None:
     cluster.backend.put("super", service(cluster_ip(*VIP.values()), cluster.pods, affinity_seconds=1))
     assert len(answered_by(lambda: tcp_request(cluster.client, VIP[family], 80), 12)) == 1
 
-    def elsewhere() -> bool:
-        time.sleep(1.2)  # the timeout is the matter of the test: a request before would renew it
-        return len({str(tcp_request(cluster.client, VIP[family], 80)).split("'")[1], first}) == 2
+    def asked() -> str:
+        outcome = tcp_request(cluster.client, VIP[family], 80)
+        assert isinstance(outcome, Reply)
+        return outcome.pod
 
-    first = str(tcp_request(cluster.client, VIP[family], 80)).split("'")[1]
-    eventually(elsewhere, seconds=20)
+    def elsewhere() -> bool:
+        time.sleep(1.2)  # longer than the timeout: any request meanwhile would renew it
+        return asked() != first
+
+    first = asked()
+    eventually(elsewhere, seconds=30)
 
 
 @families

@@ -42,7 +42,10 @@ class TenantUpdate(msgspec.Struct, frozen=True):
 
 
 class Rejection(msgspec.Struct, frozen=True):
-    """A service port that could not be programmed; its last good form stays. `reason` is for people."""
+    """A service port that could not be programmed, or not in full; what is refused keeps its last good form.
+
+    `reason` is for people.
+    """
 
     key: PortKey
     reason: str
