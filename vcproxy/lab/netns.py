@@ -111,14 +111,18 @@ def socket_in(ns: str, family: socket.AddressFamily, kind: socket.SocketKind) ->
 def sysctl(ns: str, settings: Mapping[str, int]) -> None:
     """Set kernel parameters of one namespace; keys are paths below /proc/sys/net ("ipv4/ip_forward").
 
+    A key that begins with "-" may be missing, as in sysctl.conf(5).
+
     /proc/sys/net shows the namespace of the thread that looks (net_ctl_root in net/sysctl_net.c), so nothing needs
     mounting.
     """
     with entered(ns):
         for key, value in settings.items():
             try:
-                Path("/proc/sys/net", key).write_text(str(value))
+                Path("/proc/sys/net", key.removeprefix("-")).write_text(str(value))
             except OSError as error:
+                if key.startswith("-") and isinstance(error, FileNotFoundError):
+                    continue
                 raise LabError(f"cannot set net/{key} to {value} in namespace {ns}: {error.strerror}") from error
 
 

@@ -63,6 +63,9 @@ ROUTER_SYSCTLS: Sysctls = HOST_SYSCTLS | {
     # (XRLIM_BURST_FACTOR).
     "ipv4/icmp_ratelimit": 0,
     "ipv6/icmp/ratelimit": 0,
+    # And 50 in a burst for all receivers together (icmp_global_allow); older kernels have it for the machine only.
+    "-ipv4/icmp_msgs_per_sec": 1_000_000,
+    "-ipv4/icmp_msgs_burst": 1_000_000,
 }
 NODE_SYSCTLS: Sysctls = ROUTER_SYSCTLS | {
     "ipv4/fwmark_reflect": 1,
