@@ -147,6 +147,11 @@ class Cluster:
         row: Mapping[str, Any] = self.wait(f"{node} committed tenant {tenant}", committed, timeout)
         return row
 
+    def running(self, name: str) -> bool:
+        """Whether the brain ("brain") or a node's agent was started and runs."""
+        process = self._processes.get(name)
+        return process is not None and process.poll() is None
+
     def kill(self, name: str) -> None:
         """SIGKILL the brain ("brain") or a node's agent."""
         process = self._processes.pop(name)
