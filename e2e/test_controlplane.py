@@ -50,7 +50,7 @@ class TestSharedPlanes:
     ) -> None:
         name = fresh_namespace(super_plane.client)
         with pytest.raises(ApiError, match=r"422 Invalid.*does not match the current range"):
-            super_plane.client.create(service("web", namespace=name, cluster_ips=["10.32.0.80"]))
+            super_plane.client.create(service("web", namespace=name, cluster_ips=["10.96.0.80"]))
 
     def test_dual_stack_service_gets_an_address_of_each_family(
         self, tenant_planes: tuple[ControlPlane, ControlPlane], fresh_namespace: NamespaceFactory
