@@ -45,7 +45,10 @@ def back(site: Site) -> None:
         return bool(
             status["started"]
             and len(status["tenants"]) == 2
-            and all(row["committedDigest"] == row["digest"] and not row["pending"] for row in status["tenants"])
+            and all(
+                row["adopted"] or (row["committedDigest"] == row["digest"] and not row["pending"])
+                for row in status["tenants"]
+            )
         )
 
     site.cluster.wait("the agent is back", ready)

@@ -6,6 +6,9 @@ Everything that can fail is a task with a backoff of its own (see pending), so a
 
 - *Fail static.* Nothing is programmed of a tenant that is not synced, nothing is removed unless the brain said so: by
   TenantGone, or by TenantsComplete for what an earlier run left behind.
+- *The table is newer than the disk.* An agent that was killed leaves a table with all its commits, and files that lack
+  the last second of them. So a tenant that is programmed already stays as it is until the brain's word: only what is
+  not there is programmed from memory.
 - *Fail closed.* A tenant is attached before its first table is programmed, and stays attached after its removal for as
   long as its device is there (see attachments).
 - *One revision is one update.* What is resolved is captured between two awaits, with its revision and digest, and that
@@ -117,6 +120,8 @@ class Agent:
 
         self._view = NodeView.of(node)
         self._programmed: set[str] = set()
+        self.adopted: set[str] = set()
+        """Remembered tenants that an earlier run has programmed, and that the brain has said nothing about yet."""
         self._duties = Duties(
             backend=backend,
             worker=self._worker,
@@ -134,16 +139,18 @@ class Agent:
     async def start(
         self, remembered: list[Held], facts: NodeFacts | None = None, placement: Mapping[bytes, str] | None = None
     ) -> None:
-        """Open the backend and program what is remembered; call before the session runs, and after `see_links`.
+        """Open the backend and program what is remembered and not there; call before the session runs, and after
+        `see_links`.
 
-        Returns when everything was tried once. A backend that finds all of it programmed does nothing. Raises
-        BackendUnavailable; other errors of the backend are retried for ever.
+        Returns when everything was tried once. Raises BackendUnavailable; other errors of the backend are retried for
+        ever.
         """
         for held in remembered:
             self._holdings.put(held)
         await self._open()
         self._programmed = set(await self._worker.call(self._backend.tenants))
         self._duties.begin(self._programmed, facts, placement, await self._worker.call(self._backend.fileno))
+        self.adopted = self._programmed & {held.tenant.uid for held in remembered}
         self._rezone()
         for held in remembered:
             self._changed(held.tenant.uid, None)
@@ -192,10 +199,14 @@ class Agent:
         """Take note of an event; the session's sink. Never blocks."""
         match event:
             case TenantChanged(uid=uid, touched=touched, timing=timing):
+                if touched != frozenset():  # else only facts of the tenant are new, its content is still the disk's
+                    self.adopted.discard(uid)
                 self._changed(uid, touched, timing)
             case TenantSynced(uid=uid):
+                self.adopted.discard(uid)
                 self._changed(uid, frozenset())
             case TenantGone(uid=uid):
+                self.adopted.discard(uid)
                 if (state := self.progress.tenants.get(uid)) is not None:
                     self._duties.leave(Names(uid, state.name))
                 self._tasks.add(uid, pending.removal(self._clock()))
@@ -231,7 +242,7 @@ class Agent:
         if state.name != held.tenant.name:
             state.name = held.tenant.name
             self._duties.attend(ATTACH)
-        if held.synced:
+        if held.synced and uid not in self.adopted:
             if not state.begun:
                 state.begun, touched = True, None
             self._tasks.add(uid, pending.changed(touched, self._clock(), timing))

@@ -25,7 +25,7 @@ def health_of(agent: Agent, timeout: float = TIMEOUT) -> Health:
     behind = [
         uid
         for uid, held in agent.holdings.tenants.items()
-        if held.synced and progress.tenants.get(uid, TenantState()).revision is None
+        if held.synced and uid not in agent.adopted and progress.tenants.get(uid, TenantState()).revision is None
     ]
     waiting_for = ""
     if not agent.informed:
@@ -39,7 +39,11 @@ def status_of(agent: Agent) -> dict[str, Any]:
     """What `status` shows. `healthy`: all tenants synced and committed, none stale, failing or with rejected ports."""
     progress, rows = agent.progress, tenant_rows(agent)
     troubled = any(
-        not row["synced"] or row["staleSince"] or row["rejected"] or row["error"] or row["committedRevision"] is None
+        not row["synced"]
+        or row["staleSince"]
+        or row["rejected"]
+        or row["error"]
+        or (row["committedRevision"] is None and not row["adopted"])
         for row in rows
     )
     problems = [*progress.problems, *(f"{duty}: {error}" for duty, error in sorted(progress.duty_errors.items()))]
@@ -73,6 +77,7 @@ def tenant_rows(agent: Agent) -> list[dict[str, Any]]:
                 "digest": held.model.digest.hex(),
                 "synced": held.synced,
                 "ports": len(held.model),
+                "adopted": uid in agent.adopted,
                 "committedRevision": state.revision,
                 "committedDigest": state.digest.hex(),
                 "committedAt": state.committed_at or None,

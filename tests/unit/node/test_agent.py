@@ -191,8 +191,41 @@ class TestRestart:
         first.sync("acme", WEB, DNS)
         await first.settle()
         second = await make_rig(kernel=kernel, remembered=[held("acme", WEB, DNS)], facts=FACTS, placement=placement)
+        second.agent.handle(TenantSynced("acme"))
+        await second.settle()
         assert second.backend.operations == 0
         assert second.acks.revisions == [("acme", 7)]
+
+    async def test_what_is_programmed_is_not_replaced_by_older_memory(self, make_rig: MakeRig) -> None:
+        kernel = Kernel()
+        first = await make_rig(kernel=kernel, facts=FACTS)
+        first.sync("acme", WEB, DNS)
+        await first.settle()
+        second = await make_rig(kernel=kernel, remembered=[held("acme", WEB)], facts=FACTS)
+        second.facts(NodeFacts(zone="elsewhere"))
+        second.agent.handle(TenantChanged("acme", frozenset(), 7))  # facts of the tenant, not its content
+        await second.settle()
+        assert second.programmed("acme") == {"web", "dns"}
+        assert second.agent.adopted == {"acme"}
+        assert second.acks.revisions == []
+
+        second.change("acme", DNS)
+        await second.settle()
+        assert second.programmed("acme") == {"web", "dns"}
+        assert second.agent.adopted == set()
+        assert second.acks.revisions == [("acme", 8)]
+
+    async def test_memory_of_a_tenant_that_is_gone_is_not_kept(self, make_rig: MakeRig) -> None:
+        kernel = Kernel()
+        first = await make_rig(kernel=kernel, facts=FACTS)
+        first.sync("acme", WEB)
+        await first.settle()
+        second = await make_rig(kernel=kernel, remembered=[held("acme", WEB)], facts=FACTS)
+        second.remove("acme")
+        await second.settle()
+        assert second.programmed("acme") == set()
+        assert second.agent.adopted == set()
+        assert second.memory.forgotten == ["acme"]
 
     async def test_what_is_remembered_is_programmed_with_the_brain_down(self, make_rig: MakeRig) -> None:
         rig = await make_rig(remembered=[held("acme", WEB), held("beta", DNS)], facts=FACTS)
