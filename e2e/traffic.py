@@ -6,6 +6,7 @@ was lost once. UDP hides nothing.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import Counter
@@ -31,7 +32,9 @@ class Traffic:
         self.answers: Counter[str] = Counter()
         self.losses: list[str] = []
         self._name = f"{protocol} {address}:{port}"
-        self._dial = lambda: REQUESTS[protocol](place, address, port, source_port=source_port)
+        self._dial: Callable[[], Outcome] = functools.partial(
+            REQUESTS[protocol], place, address, port, source_port=source_port
+        )
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
