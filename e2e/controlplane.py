@@ -33,9 +33,9 @@ from typing import Self
 import yaml
 
 from e2e.apiclient import ApiClient
-from e2e.pki import Authority, KeyPair, signing_key
 from e2e.polling import eventually
 from e2e.processes import Port, Process
+from vcproxy.ops.pki import Authority, KeyPair, signing_key
 
 TENANT_SERVICE_CIDRS = ("10.32.0.0/16", "fd00:32::/108")
 """Ranges of a VirtualCluster tenant and of its super cluster, with a second family."""
@@ -134,7 +134,7 @@ class ControlPlane:
         self.name = name
         self.directory = directory
         self.service_cidrs = service_cidrs
-        self.authority = Authority.create(f"{name}-ca")
+        self.authority = Authority(name, days=30)
         self._bin_dir = bin_dir or find_binaries(build=False)
         self._ports = tuple(Port() for _ in range(3))
         self._etcd_port, self._peer_port, self._api_port = (port.number for port in self._ports)
@@ -282,7 +282,7 @@ class ControlPlane:
 
     def _write_keys(self) -> None:
         names = ("kube-apiserver", "localhost", "kubernetes.default.svc", self._address, ADVERTISED)
-        serving = self.authority.serving(names)
+        serving = self.authority.server(names)
         token_key, token_public_key = signing_key()
         for name, content in {
             "ca.crt": self.authority.certificate,

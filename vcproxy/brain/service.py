@@ -11,8 +11,7 @@ at the end: streams close, nodes keep what they have.
 
 import asyncio
 import contextlib
-import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from aiohttp import web
@@ -33,14 +32,11 @@ from vcproxy.kube.reflector import Timing
 from vcproxy.model.addresses import AddressError, Prefix, parse_prefix
 from vcproxy.ops import admin, logs, metrics
 from vcproxy.ops.configfile import ConfigError
+from vcproxy.ops.stopping import until_stopped
 
 TICK_SECONDS = 1.0
 
 _log = logs.get("brain")
-
-
-class _Stopped(Exception):
-    """The process was asked to end."""
 
 
 class Brain:
@@ -66,15 +62,8 @@ class Brain:
 
         Raises ConfigError for an address or a credential that cannot be used, AdminError, and the distributor's errors.
         """
-        with contextlib.ExitStack() as stack:
-            if stop is None:
-                stop = stack.enter_context(_signals())
-            try:
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(_end(stop))
-                    group.create_task(self._serve())
-            except* _Stopped:
-                _log.info("ended; nodes keep what they have", brain=self.store.brain_id)
+        await until_stopped(self._serve, stop)
+        _log.info("ended; nodes keep what they have", brain=self.store.brain_id)
 
     async def _serve(self) -> None:
         config = self._config
@@ -183,22 +172,3 @@ def _sources(configured: tuple[configuration.TenantSource, ...]) -> list[Source]
             raise ConfigError(f"tenants.sources[{at}]: set directory")
         sources.append(DirectorySource(Path(source.directory.path)))
     return sources
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM and SIGINT set while the context is open."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    both = (signal.SIGTERM, signal.SIGINT)
-    for number in both:
-        loop.add_signal_handler(number, stop.set)
-    try:
-        yield stop
-    finally:
-        for number in both:
-            loop.remove_signal_handler(number)
-
-
-async def _end(stop: asyncio.Event) -> None:
-    await stop.wait()
-    raise _Stopped

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +67,15 @@ def read(file: str, kind: type[configfile.T]) -> configfile.T:
         raise Failure(str(error)) from error
 
 
-def run_daemon(start: Any, *, loop: Any = None) -> None:
+def run_daemon(start: Callable[[], Coroutine[Any, Any, None]], *, loop: Any = None) -> None:
     """Run until the daemon ends; expected errors become one line and exit status 1."""
     # Our logs say when a stream ends; gRPC's own lines have no tenant, no node and no level.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         with asyncio.Runner(loop_factory=loop) as runner:
-            runner.run(_main(start()))
+            runner.run(start())
     except* EXPECTED as group:
         raise Failure("; ".join(str(error) for error in leaves(group))) from None
-
-
-async def _main(coroutine: Coroutine[Any, Any, None]) -> None:
-    await coroutine
 
 
 def leaves(group: BaseExceptionGroup[Exception]) -> list[Exception]:

@@ -7,7 +7,6 @@ as long as the process: one path through the code, whether they share a process 
 import asyncio
 import ipaddress
 import os
-import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from vcproxy.brain.config import BrainConfiguration, DirectorySource, Listen, Su
 from vcproxy.cli.daemons import run_daemon
 from vcproxy.cli.main import Failure
 from vcproxy.node.config import BrainAddress, DetectLocal, NodeConfiguration
-from vcproxy.ops import logs, pki
+from vcproxy.ops import logs, pki, stopping
 
 BRAIN_NAME = "vcproxy-brain"
 
@@ -137,9 +136,7 @@ async def _both(brain: BrainConfiguration, agent: NodeConfiguration) -> None:
     from vcproxy.brain.service import Brain
     from vcproxy.node.service import NodeAgent
 
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with asyncio.TaskGroup() as group:
-        group.create_task(Brain(brain).run(stop))
-        group.create_task(NodeAgent(agent).run(stop))
+    with stopping.signals() as stop:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(Brain(brain).run(stop))
+            group.create_task(NodeAgent(agent).run(stop))

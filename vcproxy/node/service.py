@@ -8,9 +8,8 @@ keeps forwarding.
 
 import asyncio
 import contextlib
-import signal
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,9 @@ from vcproxy.node.nodestate import node_rules
 from vcproxy.node.session import Session
 from vcproxy.ops import admin, logs, metrics, views
 from vcproxy.ops.configfile import ConfigError
+from vcproxy.ops.stopping import until_stopped
 
 log = logs.get("node")
-
-
-class _Stopped(Exception):
-    """The process was asked to end."""
 
 
 class NodeAgent:
@@ -78,15 +74,8 @@ class NodeAgent:
 
         Raises ConfigError for an address that cannot be served on, AdminError, BackendUnavailable.
         """
-        with contextlib.ExitStack() as stack:
-            if stop is None:
-                stop = stack.enter_context(_signals())
-            try:
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(_end(stop))
-                    group.create_task(self._serve())
-            except* _Stopped:
-                log.info("ended; what is programmed stays", node=self.node)
+        await until_stopped(self._serve, stop)
+        log.info("ended; what is programmed stays", node=self.node)
 
     async def _serve(self) -> None:
         config = self._config
@@ -155,22 +144,3 @@ async def _serving(field: str, address: str, handlers: Mapping[str, metrics.Hand
                 'choose another address, or "" for none'
             ) from error
         yield
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM and SIGINT set while the context is open."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    both = (signal.SIGTERM, signal.SIGINT)
-    for number in both:
-        loop.add_signal_handler(number, stop.set)
-    try:
-        yield stop
-    finally:
-        for number in both:
-            loop.remove_signal_handler(number)
-
-
-async def _end(stop: asyncio.Event) -> None:
-    await stop.wait()
-    raise _Stopped

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import msgspec
 import yaml
 
+from vcproxy.ops import positions
+
 API_VERSION = "vcproxy.dev/v1alpha1"
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -49,47 +51,17 @@ def parse(text: str, shape: type[T], *, source: str) -> T:
         raise ConfigError(f"{source}:1: expected a mapping with apiVersion: {API_VERSION} and kind: {shape.__name__}")
     for field, wanted in (("apiVersion", API_VERSION), ("kind", shape.__name__)):
         if value.pop(field, None) != wanted:
-            line = _line(root, (field,)) or 1
+            line = positions.line(root, (field,)) or 1
             raise ConfigError(f"{source}:{line}: {field}: expected {wanted}")
     try:
         return msgspec.convert(value, shape, strict=True)
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at `")
-        path = _steps(place.rstrip("`"))
+        path = positions.steps(place.rstrip("`").removeprefix("$"))
         if unknown := re.search(r"unknown field `([^`]*)`", message):
             path = (*path, unknown[1])
         name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
-        raise ConfigError(f"{source}:{_line(root, path) or 1}: {name or 'file'}: {message}") from error
-
-
-def _steps(place: str) -> tuple[str | int, ...]:
-    """msgspec's `$.a[0].b` to ("a", 0, "b"); elements it cannot number (`[...]`) end the path."""
-    steps: list[str | int] = []
-    for name, index in re.findall(r"\.([^.\[\]]+)|\[([^\]]*)\]", place):
-        if name:
-            steps.append(name)
-        elif index.isdigit():
-            steps.append(int(index))
-        else:
-            break
-    return tuple(steps)
-
-
-def _line(node: yaml.Node | None, path: tuple[str | int, ...]) -> int | None:
-    """The 1-based line of the deepest existing step of `path`."""
-    line = None
-    for step in path:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                if key.value == step:
-                    line, node = key.start_mark.line + 1, value
-                    break
-            else:
-                return line
-        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            node = node.value[step]
-            line = node.start_mark.line + 1
-    return line
+        raise ConfigError(f"{source}:{positions.line(root, path) or 1}: {name or 'file'}: {message}") from error
 
 
 def describe(shape: type[msgspec.Struct]) -> str:

@@ -43,6 +43,7 @@ class Authority:
             self._builder(subject, subject, self._key.public_key())
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(sign=True), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())
         )
 
@@ -53,24 +54,28 @@ class Authority:
 
     def server(self, names: Sequence[str]) -> KeyPair:
         """A server certificate for DNS names and IP addresses."""
-        return self._issue(names[0], None, names, ExtendedKeyUsageOID.SERVER_AUTH)
+        return self._issue(names[0], (), names, ExtendedKeyUsageOID.SERVER_AUTH)
 
     def node(self, node: str) -> KeyPair:
         """A client certificate as a kubelet has it: CN system:node:NAME, O system:nodes."""
-        return self._issue(NODE_PREFIX + node, "system:nodes", (), ExtendedKeyUsageOID.CLIENT_AUTH)
+        return self.client(NODE_PREFIX + node, ("system:nodes",))
+
+    def client(self, user: str, groups: Sequence[str] = ()) -> KeyPair:
+        """A client certificate; Kubernetes reads the user from CN and the groups from O."""
+        return self._issue(user, groups, (), ExtendedKeyUsageOID.CLIENT_AUTH)
 
     def _issue(
-        self, common_name: str, organization: str | None, names: Sequence[str], usage: x509.ObjectIdentifier
+        self, common_name: str, organizations: Sequence[str], names: Sequence[str], usage: x509.ObjectIdentifier
     ) -> KeyPair:
         key = ec.generate_private_key(ec.SECP256R1())
         attributes = [x509.NameAttribute(NameOID.COMMON_NAME, common_name)]
-        if organization:
-            attributes.append(x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization))
+        attributes += [x509.NameAttribute(NameOID.ORGANIZATION_NAME, name) for name in organizations]
         builder = (
             self._builder(x509.Name(attributes), self._certificate.subject, key.public_key())
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(sign=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
         if names:
             builder = builder.add_extension(
@@ -79,9 +84,7 @@ class Authority:
         certificate = builder.sign(self._key, hashes.SHA256())
         return KeyPair(
             certificate.public_bytes(serialization.Encoding.PEM),
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            ),
+            _private_pem(key),
         )
 
     def _builder(
@@ -97,6 +100,19 @@ class Authority:
             .not_valid_before(now - datetime.timedelta(minutes=5))
             .not_valid_after(now + datetime.timedelta(days=self._days))
         )
+
+
+def signing_key() -> tuple[bytes, bytes]:
+    """(private PEM, public PEM) of a new P-256 key, e.g. for service account tokens."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return _private_pem(key), public
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
 
 
 def _usage(*, sign: bool) -> x509.KeyUsage:

@@ -11,7 +11,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import NameOID
 
 from tests.unit.distribution.rig import ACME, BETA, Certificates, Placed, Wire, brain, node, service_port, until, wire
 from vcproxy.brain.certificates import CertificateError, ServerCertificates
@@ -94,7 +94,7 @@ async def test_a_client_of_another_authority_is_not_let_in(certificates: Certifi
 
 
 async def test_a_persons_certificate_of_the_same_authority_is_refused(certificates: Certificates) -> None:
-    person = certificates.authority._issue(A, "system:masters", (), ExtendedKeyUsageOID.CLIENT_AUTH)
+    person = certificates.authority.client(A, ("system:masters",))
     tls = certificates.node(A, person)
     async with brain(certificates, Placed({})) as b, wire(tls, b.address, certificates.ca) as w:
         code, details = await said(w)

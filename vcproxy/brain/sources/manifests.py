@@ -16,6 +16,7 @@ import yaml
 from vcproxy.brain.sources import Kind
 from vcproxy.kube import shapes
 from vcproxy.kube.errors import printable
+from vcproxy.ops import positions
 
 MAX_BYTES = 64 << 20
 """Largest manifest file, in bytes."""
@@ -102,11 +103,11 @@ class _Place(NamedTuple):
 
     def line(self, *steps: str | int) -> int:
         """The line of a field of the object."""
-        return _line(self.document, (*self.path, *steps))
+        return positions.line(self.document, (*self.path, *steps)) or self.document.start_mark.line + 1
 
     def error(self, field: str, reason: str) -> ManifestError:
         """An error about a field in msgspec's or the API's spelling: `spec.ports[0].port`."""
-        return ManifestError(self.file, self.line(*_steps(field)), field, reason)
+        return ManifestError(self.file, self.line(*positions.steps(field)), field, reason)
 
 
 def _documents(text: str, file: str) -> Iterator[tuple[Any, yaml.Node]]:
@@ -187,35 +188,3 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     return value
-
-
-def _steps(field: str) -> tuple[str | int, ...]:
-    """`a.b[0].c` to ("a", "b", 0, "c"); `[...]` ends it."""
-    steps: list[str | int] = []
-    for name, index in re.findall(r"([^.\[\]]+)|\[([^\]]*)\]", field):
-        if name and name != "...":
-            steps.append(name)
-        elif index.isdigit():
-            steps.append(int(index))
-        else:
-            break
-    return tuple(steps)
-
-
-def _line(node: yaml.Node, path: tuple[str | int, ...]) -> int:
-    """The line, from 1, of the deepest existing step of a path below a document."""
-    line: int = node.start_mark.line + 1
-    for step in path:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                if key.value == step:
-                    line, node = key.start_mark.line + 1, value
-                    break
-            else:
-                return line
-        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            node = node.value[step]
-            line = node.start_mark.line + 1
-        else:
-            return line
-    return line
