@@ -91,6 +91,10 @@ class NftablesBackend:
             tenant.uid for tenant in self._planner.tenants.values() if tenant.adopted or tenant.ports or tenant.ranges
         )
 
+    def attachments(self) -> Attachments:
+        """What the table says; an element whose zone no tenant has is left out."""
+        return node.attachments_of(self._fixed, {tenant.zone: tenant.uid for tenant in self._planner.tenants.values()})
+
     def set_node(self, state: NodeState) -> None:
         """Make these the node's facts."""
         plan = Plan()

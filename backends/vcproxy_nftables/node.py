@@ -9,12 +9,15 @@ from vcproxy.backend.protocol import Attachments, NodeState
 from vcproxy_nftables.changes import Changes
 from vcproxy_nftables.elements import MapSpec
 from vcproxy_nftables.specs import (
+    ATTACHMENT,
     FAMILY,
     MASQUERADE_ALL,
     MASQUERADE_NONLOCAL,
     NFPROTO,
+    ORDER,
     ZONE_BY_INTERFACE,
     interface_key,
+    interface_name,
     merge_prefixes,
     prefix_range,
     zone_range_field,
@@ -39,6 +42,20 @@ def attachment_elements(attachments: Attachments, zones: Mapping[str, int]) -> d
         spec = FAMILY[4 if len(address) == 4 else 6].zone_by_address
         wanted[spec][address] = zone_value(zones[uid])
     return wanted
+
+
+def attachments_of(elements: Mapping[MapSpec, Values], uids: Mapping[int, str]) -> Attachments:
+    """The attachments that elements of specs.ATTACHMENT stand for. `uids`: tenants by zone; other zones are ignored."""
+    interfaces, addresses = {}, {}
+    for spec in ATTACHMENT:
+        for key, value in elements.get(spec, {}).items():
+            if (uid := uids.get(int.from_bytes(value, ORDER))) is None:
+                continue
+            if spec is ZONE_BY_INTERFACE:
+                interfaces[interface_name(key)] = uid
+            else:
+                addresses[key] = uid
+    return Attachments(interfaces, addresses)
 
 
 def node_elements(state: NodeState) -> dict[MapSpec, Values]:

@@ -166,6 +166,11 @@ def interface_key(name: str) -> bytes:
     return name.encode().ljust(16, b"\0")
 
 
+def interface_name(key: bytes) -> str:
+    """The way back from `interface_key`; octets that are no UTF-8 (only others write such) are replaced."""
+    return key.rstrip(b"\0").decode(errors="replace")
+
+
 def prefix_range(lead: bytes, prefix: Prefix) -> bytes:
     """First and last key, joined, of all addresses of a prefix behind `lead`, which both share."""
     octets = len(prefix.address)

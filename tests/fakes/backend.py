@@ -85,6 +85,10 @@ class FakeBackend:
         self._enter("tenants")
         return frozenset(self._wanted)
 
+    def attachments(self) -> Attachments:
+        self._enter("attachments")
+        return self.kernel.attachments
+
     def set_node(self, state: NodeState) -> None:
         self._enter("set_node")
         self.operations += self.kernel.node != state

@@ -244,9 +244,10 @@ class Site:
         self.pods[pod.name] = pod
         self.lab.serve(pod, tcp=[TARGET, TARGET + 1], udp=[TARGET, TARGET + 1])
 
-    def tell_pods(self, tenant: str) -> None:
+    def tell_pods(self, tenant: str, without: Sequence[str] = ()) -> None:
         """The Pods of a tenant as manifests: where they run, and on the flat network whose address is whose."""
-        mine = [pod for name, pod in self.pods.items() if name.startswith(f"{tenant}/")]
+        hidden = {f"{tenant}/{name}" for name in without}
+        mine = [pod for name, pod in self.pods.items() if name.startswith(f"{tenant}/") and name not in hidden]
         self.cluster.apply(tenant, "pods", [_pod(pod) for pod in mine])
 
 

@@ -37,6 +37,7 @@ from vcproxy_nftables.wire import NetlinkError, OutcomeUnknown
 pytestmark = pytest.mark.packets
 
 VIP = {4: "10.97.0.10", 6: "fd00:97::10"}
+BOLT = ("10.200.9.9", "fd00:200:0:9::9")
 RANGES = (parse_prefix("10.97.0.0/16"), parse_prefix("fd00:97::/64"))
 
 
@@ -78,7 +79,7 @@ class World:
             backend.put(uid, *self.services()[: None if uid == "super" else 2], ranges=RANGES, complete=True)
             for uid in ("super", "acme")
         ]
-        backend.attach(interfaces={"nowhere0": "bolt"})
+        backend.attach(interfaces={"nowhere0": "bolt"}, addresses=dict.fromkeys(map(parse_address, BOLT), "bolt"))
         return applied
 
     def reaches(self) -> bool:
@@ -148,8 +149,12 @@ def test_a_restart_adopts_the_table_and_writes_nothing(world: World) -> None:
         world.fill(backend)
         with TcpSession(world.client, VIP[4], 80) as held:
             before = world.generation()
+            attached = backend.backend.attachments()
             again = backend.reopened()
             assert again.backend.tenants() == {"super", "acme", "bolt"}
+            assert again.backend.attachments() == attached
+            assert attached.interfaces == {"nowhere0": "bolt"}
+            assert attached.addresses == dict.fromkeys(map(parse_address, BOLT), "bolt")
             assert not again.backend.drifted()
             assert world.reaches()  # nobody has told it anything yet
             assert [applied.operations for applied in world.fill(again)] == [0, 0]

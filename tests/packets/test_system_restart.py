@@ -13,11 +13,12 @@ pytestmark = pytest.mark.packets
 
 ANSWERS = {"acme/web-1", "acme/web-2"}
 NODE = "one"
+TENANTS = ("acme", "globex", "initech")
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Site]:
-    with site(("acme", "globex"), webs=[Web(pods=("web-1", "web-2"))]) as made:
+    with site(("acme", "globex"), flat=("initech",), webs=[Web(pods=("web-1", "web-2"))]) as made:
         yield made
 
 
@@ -44,7 +45,7 @@ def back(site: Site) -> None:
         status = site.cluster.ask(NODE)
         return bool(
             status["started"]
-            and len(status["tenants"]) == 2
+            and len(status["tenants"]) == len(TENANTS)
             and all(
                 row["adopted"] or (row["committedDigest"] == row["digest"] and not row["pending"])
                 for row in status["tenants"]
@@ -81,7 +82,7 @@ def test_brain_killed_and_started_again(running: Site) -> None:
         running.cluster.wait("the agents noticed", lambda: not running.cluster.ask(NODE)["brain"])
         running.cluster.start_brain()
         running.connected()
-        for tenant in ("acme", "globex"):
+        for tenant in TENANTS:
             running.committed(tenant)
         traffic4.more()
         traffic6.more()
@@ -153,9 +154,33 @@ def test_agent_starts_from_disk_without_a_brain(running: Site) -> None:
     assert running.cluster.ask(NODE)["brain"] is None
     running.cluster.start_brain()
     running.connected()
-    for tenant in ("acme", "globex"):
+    for tenant in TENANTS:
         running.committed(tenant)
     assert answers(running) == ANSWERS
+
+
+def test_pod_attached_a_moment_before_the_agent_was_killed_stays_attached(running: Site) -> None:
+    """The table had the pod, the file on disk not yet; with the brain down nobody else knows it."""
+    client = running.pods["initech/client-one"]
+    remembered = running.cluster.directory / NODE / "node"
+
+    def attached() -> bool:
+        return client.ip4 in {row["address"] for row in running.cluster.ask(NODE, "/addresses")}
+
+    running.cluster.wait("the pods are remembered", lambda: attached() and remembered.exists())
+    before = remembered.read_bytes()
+    running.tell_pods("initech", without=("client-one",))
+    running.cluster.wait("the pod is gone", lambda: not attached() and remembered.read_bytes() != before)
+    older = remembered.read_bytes()
+    running.tell_pods("initech")
+    running.cluster.wait("the pod is there", attached)
+    running.cluster.kill("brain")
+    running.cluster.kill(NODE)
+    remembered.write_bytes(older)
+    restart(running)
+    back(running)
+    assert running.answered("initech", "client-one", "tcp", VIP[4]) == {"initech/web-1", "initech/web-2"}
+    assert running.answered("initech", "client-one", "udp", VIP[6]) == {"initech/web-1", "initech/web-2"}
 
 
 def test_table_deleted_while_the_agent_was_down(running: Site) -> None:

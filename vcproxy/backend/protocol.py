@@ -102,6 +102,9 @@ class Backend(Protocol):
     def tenants(self) -> frozenset[str]:
         """Uids that the backend holds state for, adopted ones included."""
 
+    def attachments(self) -> Attachments:
+        """What is attached now, by an earlier run too; tenants whose uid is not known any more are left out."""
+
     def set_node(self, state: NodeState) -> None:
         """Make these the node's facts."""
 

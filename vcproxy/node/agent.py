@@ -149,7 +149,8 @@ class Agent:
             self._holdings.put(held)
         await self._open()
         self._programmed = set(await self._worker.call(self._backend.tenants))
-        self._duties.begin(self._programmed, facts, placement, await self._worker.call(self._backend.fileno))
+        earlier = await self._worker.call(self._backend.attachments)
+        self._duties.begin(earlier, facts, placement, await self._worker.call(self._backend.fileno))
         self.adopted = self._programmed & {held.tenant.uid for held in remembered}
         self._rezone()
         for held in remembered:

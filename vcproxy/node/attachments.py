@@ -99,11 +99,6 @@ def attach(
     return Attached(Attachments(interfaces, addresses), tuple(problems))
 
 
-def uses_addresses(config: Sequence[Attachment]) -> bool:
-    """True if placement is needed to decide attachments."""
-    return any(entry.address is not None for entry in config)
-
-
 def _patterns(tenant: str, globs: Sequence[str], known: Sequence[Names]) -> Iterator[tuple[str, str]]:
     """(uid, glob) of one configured entry, placeholders filled in."""
     meant = known if tenant == EVERY_TENANT else [each for each in known if each.name == tenant]

@@ -4,16 +4,17 @@ Each is a duty: idempotent, done anew as a whole when something it depends on ch
 Duties are few and come before the tenants' tasks, which is how a tenant is attached before its first table.
 
 Facts and attachments are full state to a backend, so telling it half of them would undo what an earlier run programmed.
-They are not touched while they are only half known: facts until the brain (or the last good state) tells them,
-attachments as `_attachable` says.
+Facts are not touched until the brain (or the last good state) tells them. Attachments of an earlier run are kept until
+the brain has named all tenants: the table is newer than the disk (an agent that was killed may have attached a pod
+whose placement it had not written yet), so what is remembered adds to them and neither moves nor removes one.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 from vcproxy.backend.protocol import Attachments, Backend, BackendError, NodeState
 from vcproxy.model.node import NodeFacts
-from vcproxy.node.attachments import QUARANTINE, Names, attach, uses_addresses
+from vcproxy.node.attachments import QUARANTINE, Names, attach
 from vcproxy.node.config import Attachment
 from vcproxy.node.holdings import Holdings
 from vcproxy.node.nodestate import NodeRules, node_state
@@ -66,7 +67,7 @@ class Duties:
         self._links: frozenset[str] = frozenset()
         self._local_addresses: frozenset[bytes] = frozenset()
         self._named: frozenset[str] | None = None
-        self._attachable = False
+        self._earlier: Attachments | None = Attachments()
         self._node_state: NodeState | None = None
         self._gone: dict[str, Names] = {}
         self._known_bad = False
@@ -75,13 +76,13 @@ class Duties:
     # What they depend on.
 
     def begin(
-        self, programmed: Collection[str], facts: NodeFacts | None, placement: Mapping[bytes, str] | None, fileno: int
+        self, earlier: Attachments, facts: NodeFacts | None, placement: Mapping[bytes, str] | None, fileno: int
     ) -> None:
-        """The backend is open, holds `programmed`, and announces foreign changes on `fileno`.
+        """The backend is open, has the attachments of an `earlier` run, and announces foreign changes on `fileno`.
 
         `facts` and `placement` are the last good ones, None if there are none.
         """
-        self._attachable = facts is not None or not programmed
+        self._earlier = earlier
         self.placement = placement
         if facts is not None:
             self.learn(facts)
@@ -113,7 +114,7 @@ class Duties:
         """The brain named all tenants of this node; None: the connection on which it did is down."""
         self._named = uids
         if uids is not None:
-            self._attachable = True
+            self._earlier = None
             self.attend(SWEEP)
             self.attend(ATTACH)
 
@@ -124,7 +125,7 @@ class Duties:
     @property
     def informed(self) -> bool:
         """True if there is something to go by: the brain named all tenants, or the last good state was there."""
-        return self._attachable and (self._named is not None or self.facts is not None)
+        return self._named is not None or self.facts is not None
 
     # Doing them.
 
@@ -180,13 +181,7 @@ class Duties:
             self._node_state = state
 
     async def _attach(self) -> None:
-        """Make the attachments right, once they are known as a whole.
-
-        They are when the brain has named all tenants, or an earlier run's memory stands for that, or there is nothing
-        programmed that an incomplete list could detach; and, on a flat network, when placement is known.
-        """
-        if not self._attachable or (self.placement is None and uses_addresses(self._config)):
-            return
+        """Make the attachments right."""
         known = [Names(uid, held.tenant.name) for uid, held in self._holdings.tenants.items()]
         # A tenant that is gone keeps its devices, unless one of the same name has taken its place.
         taken = {names.name for names in known}
@@ -198,6 +193,10 @@ class Duties:
             tenants=[*known, *gone],
             node_addresses=self.facts.addresses if self.facts else (),
         )
+        if self._earlier is not None:
+            attached = Attachments(
+                {**attached.interfaces, **self._earlier.interfaces}, {**attached.addresses, **self._earlier.addresses}
+            )
         if attached != self.attached:
             await self._worker.call(self._backend.attach, attached)
             self._progress.succeeded()

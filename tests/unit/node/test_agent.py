@@ -153,10 +153,13 @@ class TestNotSyncedNeverMeansEmpty:
         await rig.settle()
         assert rig.backend.operations == before
 
-    async def test_attachments_of_an_earlier_run_stay_while_placement_is_not_known(self, make_rig: MakeRig) -> None:
+    async def test_attachments_of_an_earlier_run_stay_until_the_brain_named_all_tenants(
+        self, make_rig: MakeRig
+    ) -> None:
         kernel = Kernel()
         first = await make_rig(kernel=kernel)
         first.place({"10.0.1.1": "acme"})
+        first.complete("acme")
         first.sync("acme", WEB)
         await first.settle()
         attached = kernel.attachments
@@ -165,12 +168,28 @@ class TestNotSyncedNeverMeansEmpty:
         second = await make_rig(kernel=kernel)
         second.sync("acme", WEB)
         await second.settle()
-        second.place({"10.0.1.1": "acme", "10.0.1.2": "acme"})
-        await second.settle()
         assert kernel.attachments == attached
-        second.complete("acme")
+        second.place({"10.0.1.2": "acme"})
         await second.settle()
         assert len(kernel.attachments.addresses) == 2
+        second.complete("acme")
+        await second.settle()
+        assert kernel.attachments.addresses == {parse_address("10.0.1.2"): "acme"}
+
+    async def test_a_pod_that_was_attached_and_not_yet_remembered_stays_attached(self, make_rig: MakeRig) -> None:
+        """Killed between the attachment and the file, with the brain down: the file lacks the newest pod, and knows
+        one by the tenant that had its address before."""
+        kernel = Kernel()
+        first = await make_rig(kernel=kernel)
+        first.place({"10.0.1.1": "acme", "10.0.1.2": "acme", "10.0.1.3": "globex"})
+        first.complete("acme", "globex")
+        await first.settle()
+        attached = kernel.attachments
+
+        older = {parse_address("10.0.1.1"): "acme", parse_address("10.0.1.3"): "acme"}
+        second = await make_rig(kernel=kernel, facts=FACTS, placement=older)
+        await second.settle()
+        assert kernel.attachments == attached
 
     async def test_node_facts_of_an_earlier_run_stay_until_the_brain_tells_them(self, make_rig: MakeRig) -> None:
         kernel = Kernel()
