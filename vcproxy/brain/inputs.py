@@ -2,7 +2,8 @@
 
 Rotation is routine (certificates of a year, tokens of an hour), so it costs nothing: the next request uses the new
 credentials, and watches that still run on the old connection are ended in good order, from where the reflectors resume
-at the last resourceVersion. Nothing is listed again and the tenant is never stale for it.
+at the last resourceVersion. Nothing is listed again and the tenant is never stale for it. Where the old credentials
+were refused already, nobody waits out the delays that this called for.
 
 Another *server*, however, is another history: its resourceVersions mean nothing here. Then all is listed anew.
 """
@@ -111,6 +112,7 @@ class ApiInput:
         self._resources = resources
         self._timing = timing
         self._client = RotatingClient(partial(Client, tenant=tenant, limits=limits), credentials)
+        self._reflectors: tuple[Reflector[Any], ...] = ()
         self._moved = asyncio.Event()
 
     @property
@@ -125,16 +127,19 @@ class ApiInput:
         self._credentials = credentials
         if moved:
             self._moved.set()
+        for reflector in self._reflectors:
+            reflector.retry()
 
     async def run(self, sink: ObjectSink) -> NoReturn:
         """List, watch, for ever."""
         try:
             while True:
                 self._moved.clear()
+                self._reflectors = tuple(self._reflector(resource, sink) for resource in self._resources)
                 try:
                     async with asyncio.TaskGroup() as group:
-                        for resource in self._resources:
-                            group.create_task(self._reflector(resource, sink).run())
+                        for reflector in self._reflectors:
+                            group.create_task(reflector.run())
                         await self._moved.wait()
                         raise _Moved
                 except* _Moved:

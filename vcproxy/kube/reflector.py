@@ -31,6 +31,7 @@ connection. (So in kopf.)
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -154,6 +155,7 @@ class Reflector(Generic[T]):
         self._client = client
         self._sink = sink
         self._page = page
+        self._pause: asyncio.Timeout | None = None  # around the wait for the next attempt
         self._accepted: float | None = None  # when the server accepted the watch that goes on
         self._broken_at = 0.0  # monotonic beginning of `broken`
         self._timing = timing or Timing()
@@ -166,6 +168,14 @@ class Reflector(Generic[T]):
         """Endless: one session after the other, since a tenant whose API server is away is still a tenant."""
         while True:
             await self._session()
+
+    def retry(self) -> None:
+        """Why the last attempt failed may be gone (new credentials): if the next one is being waited for, make it now.
+
+        What the server asked for (Retry-After) was said to whom we were before. The delays after it go on as they grew.
+        """
+        if self._pause is not None:
+            self._pause.reschedule(0)
 
     async def _session(self) -> None:
         """From one list to the need for the next: while history allows, watches resume and nothing is listed again."""
@@ -200,8 +210,14 @@ class Reflector(Generic[T]):
             self._backoff.reset()
             if self.broken is None:
                 return watchable
-        await self._around.sleep(self._backoff.next(at_least=wish))
+        await self._wait(self._backoff.next(at_least=wish))
         return watchable and not self._away_too_long()
+
+    async def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None) as self._pause:
+                await self._around.sleep(seconds)
+        self._pause = None
 
     def _away_too_long(self) -> bool:
         """Whether the API server was out of reach for so long that it may have been replaced; asked after the wait."""

@@ -22,6 +22,7 @@ from vcproxy.kube.backoff import Backoff
 from vcproxy.kube.client import Limits as ClientLimits
 from vcproxy.kube.errors import ShapeError, Unreachable
 from vcproxy.kube.reflector import Broken, Deleted, Listed, Malformed, Recovered, Upserted
+from vcproxy.kube.reflector import Timing as ReflectorTiming
 from vcproxy.model.addresses import format_target
 from vcproxy.model.endpoints import unpack
 from vcproxy.model.tenant import Tenant
@@ -347,8 +348,8 @@ def publish(api: FakeApiServer, name: str, address: str = "10.0.0.1") -> None:
     api.put("EndpointSlice", endpoints)
 
 
-def reading(api: FakeApiServer) -> ApiInput:
-    return ApiInput(api.credentials, tenant=UID, resources=TENANT_KINDS, limits=ClientLimits())
+def reading(api: FakeApiServer, **how: Any) -> ApiInput:
+    return ApiInput(api.credentials, tenant=UID, resources=TENANT_KINDS, limits=ClientLimits(), **how)
 
 
 @pytest.fixture
@@ -428,6 +429,17 @@ async def test_credentials_rotate_without_a_list_or_a_gap(api: FakeApiServer) ->
         await until(lambda: targets(store) == {"a": ["10.0.0.2:8080"]})
         assert not [verb for verb, *_ in api.requests[seen:] if verb == "list"]
         assert not any(stale)
+
+
+async def test_new_credentials_are_tried_at_once_where_the_old_were_refused(api: FakeApiServer) -> None:
+    publish(api, "a")
+    source = reading(api, timing=ReflectorTiming(backoff_base=1e6, backoff_cap=1e6))
+    api.token = "fresh"
+    async with fed(source) as (store, _):
+        await until(lambda: held(store).stale_since is not None)
+        await api.until(lambda: len(api.requests) >= 3)
+        await source.rotate(api.credentials)
+        await until(lambda: targets(store) == {"a": ["10.0.0.1:8080"]} and held(store).stale_since is None)
 
 
 async def test_another_server_is_another_history(api: FakeApiServer) -> None:

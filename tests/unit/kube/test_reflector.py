@@ -338,6 +338,33 @@ async def test_retry_after_is_honoured(api: FakeApiServer, recorder: Recorder) -
     assert sleeps.seconds[0] == 7
 
 
+async def test_retry_ends_the_wait(api: FakeApiServer, recorder: Recorder) -> None:
+    """The next attempt is made at once, and again only once; without a wait nothing happens."""
+    api.faults.append(Fault(apiserver.fail(401), verb="list"))
+    asleep, sleeping = asyncio.Event(), asyncio.Event()
+
+    async def sleep(seconds: float) -> None:
+        asleep.set()
+        await sleeping.wait()
+
+    async with Client(api.credentials, tenant="acme", limits=LIMITS) as client:
+        reflector = Reflector(client, SERVICES, recorder, surroundings=Surroundings(sleep=sleep))
+        reflector.retry()
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(reflector.run())
+            for tried in (1, 2):
+                await asleep.wait()
+                assert len(api.requests) == tried
+                asleep.clear()
+                reflector.retry()
+            await asleep.wait()
+            api.faults.clear()
+            reflector.retry()
+            await recorder.until(lambda: bool(recorder.of(Recovered)))
+            task.cancel()
+    assert [verb for verb, *_ in api.requests] == ["list", "list", "list", "list", "watch"]
+
+
 async def test_health_for_a_while_makes_delays_short_again(api: FakeApiServer, recorder: Recorder) -> None:
     api.faults.append(Fault(apiserver.fail(500), verb="list", times=5))
     async with following(api, recorder, healthy_after=0.0) as (_, sleeps):
