@@ -1,9 +1,7 @@
 """The last good state on disk: what comes back, and everything that may be wrong with a file."""
 
 import asyncio
-import errno
 import hashlib
-import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,6 @@ import pytest
 from tests.unit.node.conftest import FACTS, NODE, service_port
 from vcproxy.model.addresses import parse_address, parse_prefix
 from vcproxy.model.tenant import Tenant, TenantModel
-from vcproxy.node import cache as cache_module
 from vcproxy.node import statefile
 from vcproxy.node.cache import Cache
 from vcproxy.node.holdings import Held, Holdings
@@ -147,28 +144,6 @@ async def test_a_uid_is_never_a_path(tmp_path: Path, holdings: Holdings) -> None
     cache.keep("../evil")
     await cache.flush()
     assert not (tmp_path / "evil.tenant").exists()
-
-
-async def test_a_full_disk_is_counted_and_the_last_good_file_stays(
-    tmp_path: Path, holdings: Holdings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = await written(tmp_path, holdings)
-    good, before = path.read_bytes(), failures()
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    cache = Cache(tmp_path, node=NODE, holdings=holdings)
-    with monkeypatch.context() as patch:
-        patch.setattr(cache_module.os, "fsync", full)
-        holdings.tenants["acme"].model.remove(PORTS[0].key)
-        cache.keep("acme")
-        await cache.flush()
-    assert failures() == before + 1
-    assert path.read_bytes() == good
-    assert not path.with_name("acme.tenant.tmp").exists()
-    await cache.flush()
-    assert path.read_bytes() != good, "it is still due, and written as soon as there is room"
 
 
 async def test_writes_are_debounced(tmp_path: Path, holdings: Holdings) -> None:
