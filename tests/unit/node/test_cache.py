@@ -14,7 +14,6 @@ from vcproxy.model.tenant import Tenant, TenantModel
 from vcproxy.node import statefile
 from vcproxy.node.cache import Cache
 from vcproxy.node.holdings import Held, Holdings
-from vcproxy.ops import metrics
 
 ACME = Tenant("acme", "Acme Corp", (parse_prefix("10.32.0.0/16"),))
 PORTS = [service_port(f"svc-{at}", "10.0.1.1", "fd00::1", vip=f"10.32.1.{at}") for at in range(5)]
@@ -33,10 +32,6 @@ async def written(directory: Path, holdings: Holdings) -> Path:
     cache.keep_node(FACTS, {parse_address("10.0.1.1"): "acme"})
     await cache.flush()
     return directory / "acme.tenant"
-
-
-def failures() -> float:
-    return metrics.REGISTRY.get_sample_value("vcproxy_cache_failures_total") or 0.0
 
 
 async def test_what_was_kept_comes_back(tmp_path: Path, holdings: Holdings) -> None:
