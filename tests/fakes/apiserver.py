@@ -513,11 +513,15 @@ def event(kind: str, value: Json) -> bytes:
 
 
 def selected(value: Json, query: Mapping[str, str]) -> bool:
-    """Whether an object matches a labelSelector (`key`, `key=value`, `key!=value`) and a fieldSelector (`a.b=value`,
-    `a.b!=value`).
+    """Whether an object matches a labelSelector (`key`, `!key`, `key=value`, `key!=value`) and a fieldSelector
+    (`a.b=value`, `a.b!=value`).
     """
     labels = value["metadata"].get("labels") or {}
     for term in filter(None, query.get("labelSelector", "").split(",")):
+        if term.startswith("!"):
+            if term[1:] in labels:
+                return False
+            continue
         key, operator, wanted = _term(term)
         if key not in labels if not operator else (labels.get(key) == wanted) != (operator == "="):
             return False

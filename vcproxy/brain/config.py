@@ -27,6 +27,12 @@ class SuperCluster(Section, frozen=True):
         str | None, Meta(description="path of a kubeconfig; empty: the in-cluster service account")
     ] = None
     services: Annotated[bool, Meta(description="proxy its own Services, as tenant `super`")] = True
+    pods: Annotated[
+        bool, Meta(description="read its Pods, which say where whose pods run; false: tenants go to every node")
+    ] = True
+    node: Annotated[
+        str, Meta(description="the only node that is served: others' Node objects and Pods are not read; empty: all")
+    ] = ""
 
 
 class DirectorySource(Section, frozen=True):

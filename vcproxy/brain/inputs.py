@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar, cast
 from vcproxy.brain.sources import Kind, ObjectSink
 from vcproxy.kube.client import Client
 from vcproxy.kube.client import Limits as ClientLimits
-from vcproxy.kube.decode import ENDPOINT_SLICES, NODES, PODS, SERVICE_CIDRS, SERVICES, HasKey, Page, Resource
+from vcproxy.kube.decode import ENDPOINT_SLICES, SERVICE_CIDRS, SERVICES, HasKey, Page, Resource
 from vcproxy.kube.errors import ApiError
 from vcproxy.kube.kubeconfig import Credentials
 from vcproxy.kube.lines import Line
@@ -26,7 +26,6 @@ from vcproxy.kube.reflector import Event, Reflector, Timing
 T = TypeVar("T", bound=HasKey)
 
 TENANT_KINDS: tuple[Resource[Any], ...] = (SERVICES, ENDPOINT_SLICES, SERVICE_CIDRS)
-SUPER_KINDS: tuple[Resource[Any], ...] = (PODS, NODES)
 
 
 class RotatingClient:

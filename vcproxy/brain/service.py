@@ -53,7 +53,7 @@ class Brain:
             store=self.store,
             placement=self.placement,
             grant=grant_of(config.tenants),
-            scope=Scope.PLACED if config.super_cluster is not None else Scope.EVERY_NODE_UNTIL_PLACED,
+            scope=Scope.PLACED if config.super_cluster and config.super_cluster.pods else Scope.EVERY_NODE_UNTIL_PLACED,
             completed=self._judge_ready,
         )
 

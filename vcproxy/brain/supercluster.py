@@ -7,18 +7,20 @@ service account's token rotates by itself in the client.
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from vcproxy.brain.config import SuperCluster
 from vcproxy.brain.feed import Feed
 from vcproxy.brain.guard import UNRESTRICTED
-from vcproxy.brain.inputs import SUPER_KINDS, TENANT_KINDS, ApiInput
+from vcproxy.brain.inputs import TENANT_KINDS, ApiInput
 from vcproxy.brain.placement import Placement, Scope
 from vcproxy.brain.sources import Kind, Problem
 from vcproxy.brain.sources.supercluster import Whereabouts
 from vcproxy.brain.store import Store
 from vcproxy.kube.client import Limits as ClientLimits
+from vcproxy.kube.decode import NODES, PODS, Resource
 from vcproxy.kube.errors import KubeconfigError
 from vcproxy.kube.kubeconfig import Credentials, in_cluster, load_kubeconfig_file
 from vcproxy.kube.reflector import Broken, Event, Recovered
@@ -32,7 +34,8 @@ _log = logs.get("supercluster")
 
 
 class SuperClusterFeed:
-    """Follows the super cluster; `await run()` within a TaskGroup. `listed` is called when Pods and Nodes were read.
+    """Follows the super cluster; `await run()` within a TaskGroup. `listed` is called when Nodes, and Pods if they are
+    asked for, were read.
 
     `feed`: of the tenant `super`; None where its Services are not to be proxied: then a feed of pods and nodes alone
     runs, on a store of its own. Raises ConfigError when the credentials cannot be used.
@@ -46,7 +49,9 @@ class SuperClusterFeed:
         self._problem = ""
         try:
             self._credentials = _credentials(config)
-            resources = (*TENANT_KINDS, *SUPER_KINDS) if config.services else SUPER_KINDS
+            whereabouts = _whereabouts(config)
+            self._wanted = {resource.kind for resource in whereabouts}
+            resources = (*TENANT_KINDS, *whereabouts) if config.services else whereabouts
             self._input = ApiInput(self._credentials, tenant=SUPER_UID, resources=resources, limits=ClientLimits())
         except KubeconfigError as error:
             raise ConfigError(f"superCluster: {error}; or set superCluster: null if there is none") from error
@@ -65,8 +70,8 @@ class SuperClusterFeed:
 
     @property
     def complete(self) -> bool:
-        """Pods and Nodes have been read once."""
-        return self._whereabouts.listed >= {"Pod", "Node"}
+        """All that says where pods run has been read once."""
+        return self._whereabouts.listed >= self._wanted
 
     def problems(self) -> list[Problem]:
         """What keeps pods and nodes from being followed, and a kubeconfig that cannot be used any more."""
@@ -103,6 +108,15 @@ class SuperClusterFeed:
                 self._problem = ""
             except KubeconfigError as error:
                 self._problem = f"{error}; the last good credentials stay in use"
+
+
+def _whereabouts(config: SuperCluster) -> tuple[Resource[Any], ...]:
+    """The kinds that say where pods run and what nodes are; for one node alone the API server does the choosing."""
+    nodes, pods = NODES, PODS
+    if config.node:
+        nodes = replace(nodes, params={"fieldSelector": f"metadata.name={config.node}"})
+        pods = replace(pods, params={"fieldSelector": f"spec.nodeName={config.node}"})
+    return (nodes, pods) if config.pods else (nodes,)
 
 
 def _credentials(config: SuperCluster) -> Credentials:

@@ -88,7 +88,9 @@ def configurations(
             key_file=str(brain_key),
             client_ca_file=str(directory / "ca.crt"),
         ),
-        super_cluster=None if flags["no_super_cluster"] else SuperCluster(kubeconfig=flags["kubeconfig"]),
+        super_cluster=None
+        if flags["no_super_cluster"]
+        else SuperCluster(kubeconfig=flags["kubeconfig"], node=node, pods=bool(sources)),
         tenants=Tenants(sources=sources),
         admin_socket=f"{runtime}/brain.sock",
         metrics_address="",

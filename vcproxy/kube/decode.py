@@ -57,8 +57,16 @@ class Resource(Generic[T]):
     params: Mapping[str, str] = field(default_factory=dict)
 
 
-SERVICES = Resource("Service", "/api/v1/services", shapes.Service)
-ENDPOINT_SLICES = Resource("EndpointSlice", "/apis/discovery.k8s.io/v1/endpointslices", shapes.EndpointSlice)
+# What somebody else proxies, and endpoints of headless Services, need not travel. Who reads them checks again.
+SERVICES = Resource(
+    "Service", "/api/v1/services", shapes.Service, {"labelSelector": "!service.kubernetes.io/service-proxy-name"}
+)
+ENDPOINT_SLICES = Resource(
+    "EndpointSlice",
+    "/apis/discovery.k8s.io/v1/endpointslices",
+    shapes.EndpointSlice,
+    {"labelSelector": "!service.kubernetes.io/headless"},
+)
 PODS = Resource("Pod", "/api/v1/pods", shapes.Pod)
 NODES = Resource("Node", "/api/v1/nodes", shapes.Node)
 NAMESPACES = Resource("Namespace", "/api/v1/namespaces", shapes.Namespace)

@@ -231,6 +231,30 @@ async def test_the_super_cluster_for_its_pods_alone(tmp_path: Path, super_api: F
         assert found.brain.placement.tenants("n1") == {"dir-acme"}
 
 
+async def test_for_one_node_alone_other_nodes_are_not_read(tmp_path: Path, super_api: FakeApiServer) -> None:
+    other = {**NODE, "metadata": {**NODE["metadata"], "name": "n2"}}
+    super_api.put("Node", other)
+    super_api.put("Pod", {**POD, "metadata": {**POD["metadata"], "name": "elsewhere"}, "spec": {"nodeName": "n2"}})
+    async with running(tmp_path, super_cluster(tmp_path, node="n1")) as found:
+        await until(lambda: found.brain.placement.ready)
+        assert set(found.brain.placement.node_names().values()) == {"n1"}
+        assert found.brain.placement.tenants("n1") == {"super", "dir-acme"}
+        assert found.brain.placement.tenants("n2") == {"super"}
+
+
+async def test_without_its_pods_tenants_go_to_every_node_and_no_right_to_read_them_is_needed(
+    tmp_path: Path, super_api: FakeApiServer
+) -> None:
+    (tmp_path / "tenants").mkdir()
+    async with FakeApiServer() as api:
+        (tmp_path / "tenants" / "acme.kubeconfig").write_bytes(api.kubeconfig())
+        super_api.faults.append(Fault(fail(403), path="/api/v1/pods"))
+        async with running(tmp_path, super_cluster(tmp_path, node="n1", pods=False)) as found:
+            await until(lambda: found.brain.placement.ready)
+            assert found.brain.placement.tenants("n1") == {"super", "dir-acme"}
+            assert not [path for _, path, _ in super_api.requests if path == "/api/v1/pods"]
+
+
 async def test_refusals_can_be_looked_up(tmp_path: Path) -> None:
     (tmp_path / "tenants").mkdir()
     text = SERVICE.replace("  ports:", "  externalIPs: [203.0.113.1]\n  ports:")
