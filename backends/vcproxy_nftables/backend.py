@@ -298,8 +298,7 @@ class NftablesBackend:
         """End the UDP flows that would go on to targets that are gone, or untranslated."""
         for zone, flows in plan.flows.items():
             zones = {0} | self._flat_zones if zone == Plan.PUBLIC else {zone}
-            for each in sorted(zones):
-                self._kernel.conntrack.reconcile(zone=each, protocol=Protocol.UDP, serving=flows)
+            self._kernel.conntrack.reconcile(zones=zones, protocol=Protocol.UDP, serving=flows)
 
 
 def _options(options: Mapping[str, Any]) -> tuple[int, int]:

@@ -9,6 +9,12 @@ out by numpy, never touched one by one.
 
 Transactions: one, unless the plan is larger than `LIMIT` operations. Then targets are added before the frontends that
 expose them and removed behind them, so that each transaction leaves a working state.
+
+A packet that is on its way through the hooks while a transaction takes effect is decided half by what was and half by
+what is. Mostly that is harmless (see `table`), but not where a frontend that lives on is led elsewhere, as a traffic
+policy does: what the packet was told before (a pool, to be masqueraded, whom the firewall lets in) must still be there
+for the rest of its way, some microseconds. So then what only the old way needs is removed by a transaction of its own,
+right behind. Rejected: waiting for the packets (synchronize_rcu, tens of milliseconds at each such change).
 """
 
 from collections.abc import Callable, Iterator
@@ -19,10 +25,15 @@ import numpy as np
 from vcproxy_nftables.batch import Batch
 from vcproxy_nftables.elements import MapSpec, Matrix
 from vcproxy_nftables.pools import expand, slot_changes
-from vcproxy_nftables.specs import AFFINE, COMMENTED, FAMILY, WANTED, number, target_value
+from vcproxy_nftables.specs import AFFINE, COMMENTED, FAMILY, PORT, WANTED, number, target_value
 
 LIMIT = 100_000
 
+_EXCEPTIONS = frozenset(spec for ports in PORT.values() for spec in (ports.public_outside, ports.nodeports_outside))
+_LEADS = _EXCEPTIONS | {spec for ports in PORT.values() for spec in (ports.frontends, ports.public, ports.nodeports)}
+_PASSED = frozenset(
+    spec for ports in PORT.values() for spec in (ports.allowed, ports.masquerade, ports.nodeports_masquerade)
+)
 _TARGET_SPECS = frozenset((*AFFINE, *(specs.endpoints for specs in FAMILY.values())))
 _ORDER = {spec: rank for rank, spec in enumerate((*WANTED, *(specs.endpoints for specs in FAMILY.values())))}
 
@@ -100,11 +111,19 @@ class Changes:
             writer.add(run.spec, run.added)
         for run in runs:
             if run.spec not in _TARGET_SPECS:
-                writer.remove(run.spec, run.removed)
+                if run.spec not in _PASSED:
+                    writer.remove(run.spec, run.removed)
                 writer.replace(run.spec, run.replaced)
                 writer.add(run.spec, run.added)
         for run in targets:
             writer.remove(run.spec, run.removed)
+        for pool_run in pools:
+            writer.remove(pool_run.spec, pool_run.removed)
+        if any(run.replaced or run.added or run.spec in _EXCEPTIONS for run in runs if run.spec in _LEADS):
+            writer.cut()
+        for run in runs:
+            if run.spec in _PASSED:
+                writer.remove(run.spec, run.removed)
         for pool_run in pools:
             pool_run.write_removals(writer)
         return writer.finished()
@@ -122,6 +141,10 @@ class _Writer:
         if not self._batches or len(self._batches[-1]) >= self._limit:
             self._batches.append(self._new())
         return self._batches[-1]
+
+    def cut(self) -> None:
+        """What follows is another transaction."""
+        self._batches.append(self._new())
 
     def _pieces(self, total: int, weight: int) -> Iterator[tuple[Batch, slice]]:
         start = 0
@@ -224,9 +247,9 @@ class _PoolRun:
         writer.add(self.spec, self.added)
 
     def write_removals(self, writer: _Writer) -> None:
+        """Of whole pools."""
         if self.gone:
             writer.matrix(self.spec, slot_elements(self.gone, self.width)[0], None)
-        writer.remove(self.spec, self.removed)
 
 
 def slot_elements(pools: list[tuple[int, bytes]], width: int) -> tuple[Matrix, Matrix]:

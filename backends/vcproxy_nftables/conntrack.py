@@ -26,7 +26,7 @@ only (CTA_TUPLE_ZONE in the original tuple). Filters by zone match both (nf_ct_z
 import errno
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import NamedTuple, NoReturn, TypeAlias
 
 from vcproxy_nftables import wire
@@ -90,12 +90,14 @@ def _tuple(kind: int, protocol: int, source: Target | None, destination: Target 
     return wire.nest(kind, nested, wire.nest(_TUPLE_PROTO, ports), zone)
 
 
-def _filter(zone: int, protocol: int, destination: Target | None, reply_source: Target | None) -> bytes:
-    """A zone's flows of a protocol, to a destination, answered by a source; of IPv6 ones, only the ports are heeded."""
+def _filter(zone: int | None, protocol: int, destination: Target | None, reply_source: Target | None) -> bytes:
+    """A zone's flows (None: all zones') of a protocol, to a destination, answered by a source; of IPv6 ones, only the
+    ports are heeded.
+    """
     original, reply = _BY_PROTOCOL, 0
     if destination:
         original |= _BY_DST_PORT | (_BY_DESTINATION if len(destination[0]) == 4 else 0)
-    octets = _zone(zone) + _tuple(_TUPLE_ORIG, protocol, None, destination)
+    octets = (b"" if zone is None else _zone(zone)) + _tuple(_TUPLE_ORIG, protocol, None, destination)
     if reply_source:
         reply = _BY_PROTOCOL | _BY_SRC_PORT | (_BY_SOURCE if len(reply_source[0]) == 4 else 0)
         octets += _tuple(_TUPLE_REPLY, protocol, reply_source, None)
@@ -204,41 +206,41 @@ class Conntrack:
         for family in (socket.AF_INET, socket.AF_INET6):
             self._delete_each(family, (flow for flow in self._flows(family, b"") if flow.zone == zone))
 
-    def flows(self, *, zone: int, protocol: int, family: int, destination: Target | None = None) -> list[Flow]:
-        """A zone's flows of a protocol and of AF_INET or AF_INET6, perhaps only those dialled to a destination."""
+    def flows(
+        self, *, zones: Collection[int], protocol: int, family: int, destination: Target | None = None
+    ) -> list[Flow]:
+        """These zones' flows of a protocol and of AF_INET or AF_INET6, perhaps only those dialled to a destination.
+
+        One scan of the table inside the kernel, however many zones.
+        """
+        zone = next(iter(zones)) if len(zones) == 1 else None
         return [
             flow
             for flow in self._flows(family, _filter(zone, protocol, destination, None))
-            if flow.zone == zone and flow.protocol == protocol and destination in (None, flow.destination)
+            if flow.zone in zones and flow.protocol == protocol and destination in (None, flow.destination)
         ]
 
-    def delete_flows(self, *, zone: int, protocol: int, destination: Target, reply_source: Target | None = None) -> int:
-        """Forget a zone's flows that were dialled to `destination` and, if given, are answered by `reply_source`.
-
-        Returns how many.
-        """
-        found = self.flows(zone=zone, protocol=protocol, family=_family(destination[0]), destination=destination)
-        return self._forget(
-            zone, protocol, [flow for flow in found if reply_source is None or flow.reply_source == reply_source]
-        )
-
-    def reconcile(self, *, zone: int, protocol: int, serving: Mapping[Target, Set[Target]]) -> int:
-        """Forget a zone's flows that were dialled to a key of `serving` and are answered by none of its targets.
+    def reconcile(self, *, zones: Collection[int], protocol: int, serving: Mapping[Target, Set[Target]]) -> int:
+        """Forget these zones' flows that were dialled to a key of `serving` and are answered by none of its targets.
 
         An empty set forgets all flows to its key. Returns how many were forgotten. Each of a few destinations is one
-        scan of the table inside the kernel; of many, one scan tells all flows of the zone and protocol.
+        scan of the table inside the kernel; of many, one scan tells all flows of the protocol. `serving` is asked once
+        for each destination that has flows.
         """
         count = 0
+        kept: dict[Target, Set[Target]] = {}
         for family in (socket.AF_INET, socket.AF_INET6):
             mine = [destination for destination in serving if _family(destination[0]) == family]
             asked: Iterable[Target | None] = mine if len(mine) <= _SINGLE_DUMPS else (None,)
-            stale = [
-                flow
-                for destination in asked
-                for flow in self.flows(zone=zone, protocol=protocol, family=family, destination=destination)
-                if flow.destination in serving and flow.reply_source not in serving[flow.destination]
-            ]
-            count += self._forget(zone, protocol, stale)
+            stale = []
+            for destination in asked:
+                for flow in self.flows(zones=zones, protocol=protocol, family=family, destination=destination):
+                    if flow.destination in serving:
+                        if flow.destination not in kept:
+                            kept[flow.destination] = serving[flow.destination]
+                        if flow.reply_source not in kept[flow.destination]:
+                            stale.append(flow)
+            count += self._forget(protocol, stale)
         return count
 
     def _flows(self, family: int, payload: bytes) -> Iterator[Flow]:
@@ -247,12 +249,12 @@ class Conntrack:
             self._refused("read flows", verdict)
         return map(_flow, replies)
 
-    def _forget(self, zone: int, protocol: int, stale: list[Flow]) -> int:
-        groups: dict[tuple[Target, Target], list[Flow]] = {}
+    def _forget(self, protocol: int, stale: list[Flow]) -> int:
+        groups: dict[tuple[int, Target, Target], list[Flow]] = {}
         for flow in stale:
-            groups.setdefault((flow.destination, flow.reply_source), []).append(flow)
+            groups.setdefault((flow.zone, flow.destination, flow.reply_source), []).append(flow)
         count = 0
-        for (destination, reply_source), group in groups.items():
+        for (zone, destination, reply_source), group in groups.items():
             family = _family(destination[0])
             if len(group) >= _MANY and family == socket.AF_INET and self.probe() == (True, True):
                 payload = _filter(zone, protocol, destination, reply_source)

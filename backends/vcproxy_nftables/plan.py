@@ -70,6 +70,9 @@ class Flows(Mapping[Target, Set[Target]]):
         packed = split(self._serving[destination], width)
         return {(target[:-2], int.from_bytes(target[-2:], "big")) for target in packed}
 
+    def __contains__(self, destination: object) -> bool:
+        return destination in self._serving
+
     def __iter__(self) -> Iterator[Target]:
         return iter(self._serving)
 

@@ -378,7 +378,7 @@ def _flows(world: World, zone: int) -> int:
     with netns.entered(world.node.ns):
         conntrack = Conntrack()
         try:
-            return len(conntrack.flows(zone=zone, protocol=socket.IPPROTO_TCP, family=socket.AF_INET))
+            return len(conntrack.flows(zones={zone}, protocol=socket.IPPROTO_TCP, family=socket.AF_INET))
         finally:
             conntrack.close()
 

@@ -69,3 +69,36 @@ def test_a_replaced_value_never_falls_between_two_transactions() -> None:
     for batch in table.commit(changes, limit=7):
         removed = {key for verb, _, key, *_ in batch.operations if verb == "remove"}
         assert removed == {key for verb, _, key, *_ in batch.operations if verb == "add"}
+
+
+def test_what_only_the_old_way_needs_goes_right_behind_a_frontend_that_is_led_elsewhere() -> None:
+    """As externalTrafficPolicy does that becomes Local: other pool for the outside, no masquerade any more."""
+    public, outside, masquerade = (
+        PORT[Protocol.TCP, 4].nodeports,
+        PORT[Protocol.TCP, 4].nodeports_outside,
+        PORT[Protocol.TCP, 4].nodeports_masquerade,
+    )
+    key, table, changes = b"\x75\x80", FakeTable(), Changes()
+    changes.set(public, key, None, number(7) + b"super")
+    changes.set(masquerade, key, None, b"")
+    changes.set_pool(4, 7, b"", target(1))
+    table.commit(changes)
+    changes = Changes()
+    changes.set(public, key, number(7) + b"super", number(8) + b"super")
+    changes.set(outside, key, None, number(9))
+    changes.set(masquerade, key, b"", None)
+    changes.set_pool(4, 7, target(1), b"")
+    changes.set_pool(4, 8, b"", target(1) + target(2))
+    changes.set_pool(4, 9, b"", target(2))
+    first, second = ({(verb, spec) for verb, spec, *_ in batch.operations} for batch in table.commit(changes))
+    assert first == {("add", ENDPOINTS), ("remove", public), ("add", public), ("add", outside)}
+    assert second == {("remove", masquerade), ("remove", ENDPOINTS)}
+
+
+def test_a_service_that_goes_goes_in_one_transaction() -> None:
+    table = FakeTable()
+    table.commit(loaded(1, 3))
+    changes = Changes()
+    changes.set(FRONTENDS, frontend(0), number(0), None)
+    changes.set_pool(4, 0, b"".join(target(slot) for slot in range(3)), b"")
+    assert len(table.commit(changes)) == 1

@@ -73,7 +73,8 @@ def count(tracker: Conntrack, zone: int, *, protocol: int = UDP, destination: Ta
     if destination is not None:
         families = (socket.AF_INET,) if len(destination[0]) == 4 else (socket.AF_INET6,)
     return sum(
-        len(tracker.flows(zone=zone, protocol=protocol, family=family, destination=destination)) for family in families
+        len(tracker.flows(zones={zone}, protocol=protocol, family=family, destination=destination))
+        for family in families
     )
 
 
@@ -86,8 +87,8 @@ def test_this_kernel_honours_zones_and_filters_and_the_probe_leaves_nothing(trac
 def test_a_flow_is_read_as_it_was_made(tracker: Conntrack, clients: Clients) -> None:
     clients.dial(DNS, A, zone=7)
     clients.dial(DNS, C, zone=8, flat=True)
-    (overlay,) = tracker.flows(zone=7, protocol=UDP, family=socket.AF_INET)
-    (flat,) = tracker.flows(zone=8, protocol=UDP, family=socket.AF_INET, destination=DNS)
+    (overlay,) = tracker.flows(zones={7}, protocol=UDP, family=socket.AF_INET)
+    (flat,) = tracker.flows(zones={8}, protocol=UDP, family=socket.AF_INET, destination=DNS)
     assert overlay[:5] == (7, UDP, at("172.16.0.1", 40_000), DNS, A)
     assert flat[:5] == (8, UDP, at("172.16.0.2", 40_000), DNS, C)
 
@@ -112,21 +113,20 @@ def test_flushing_a_zone_forgets_all_of_it_and_nothing_else(
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_flows_are_deleted_by_zone_destination_and_reply_source(
+def test_flows_of_several_zones_are_forgotten_and_only_to_what_was_named(
     flat: bool, tracker: Conntrack, clients: Clients
 ) -> None:
-    for zone in (7, 8):
+    for zone in (7, 8, 9):
         for endpoint in (A, A, B, C):
             clients.dial(DNS, endpoint, zone=zone, flat=flat)
         clients.dial(OTHER, A, zone=zone, flat=flat)
         clients.dial(at("10.96.0.10", 54), A, zone=zone, flat=flat)
         clients.dial(DNS, A, zone=zone, flat=flat, protocol=TCP)
-    assert tracker.delete_flows(zone=7, protocol=UDP, destination=DNS, reply_source=A) == 2
-    assert count(tracker, 7, destination=DNS) == 2
-    assert tracker.delete_flows(zone=7, protocol=UDP, destination=DNS, reply_source=A) == 0
-    assert tracker.delete_flows(zone=7, protocol=UDP, destination=DNS) == 2
-    assert (count(tracker, 7), count(tracker, 7, protocol=TCP)) == (2, 1)
-    assert (count(tracker, 8), count(tracker, 8, protocol=TCP)) == (6, 1)
+    assert tracker.reconcile(zones={7, 9}, protocol=UDP, serving={DNS: {B, C}}) == 4
+    assert tracker.reconcile(zones={7, 9}, protocol=UDP, serving={DNS: {B, C}}) == 0
+    assert tracker.reconcile(zones={7, 9}, protocol=UDP, serving={DNS: set()}) == 4
+    for zone, udp in ((7, 2), (8, 6), (9, 2)):
+        assert (count(tracker, zone), count(tracker, zone, protocol=TCP)) == (udp, 1)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_flows_whose_endpoint_no_longer_serves_are_forgotten(
         for destination, endpoint in ((DNS, A), (DNS, A), (DNS, B), (OTHER, B), (OTHER, OTHER), (DNS6, A6), (DNS6, B6)):
             clients.dial(destination, endpoint, zone=zone, flat=flat)
         clients.dial(DNS, DNS, zone=zone, flat=flat)  # began before there was an endpoint
-    assert tracker.reconcile(zone=7, protocol=UDP, serving=serving) == gone
+    assert tracker.reconcile(zones={7}, protocol=UDP, serving=serving) == gone
     assert {destination: count(tracker, 7, destination=destination) for destination in left} == left
     assert count(tracker, 8) == 8
 
@@ -183,7 +183,7 @@ def test_the_many_flows_of_one_endpoint_are_forgotten_alike(
         clients.dial(service, gone, zone=8)
         clients.dial(other, gone, zone=7)
     tracker._support = support
-    assert tracker.reconcile(zone=7, protocol=UDP, serving={service: {stays}}) == conntrack._MANY + 1
+    assert tracker.reconcile(zones={7}, protocol=UDP, serving={service: {stays}}) == conntrack._MANY + 1
     left = count(tracker, 7, destination=service), count(tracker, 7, destination=other), count(tracker, 8)
     assert left == (3, 3, 3)
 
