@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := .cache/packages
 
-.PHONY: demo test unit packets e2e lint bench protos lock clean
+.PHONY: demo test unit packets e2e conformance conformance-docs lint bench protos lock clean
 
 demo: $(READY) $(PACKAGES)
 	$(BIN)/vcproxy demo $(ARGS)
@@ -23,6 +23,14 @@ packets: $(READY) $(PACKAGES)
 e2e: $(READY) $(PACKAGES)
 	e2e/tools/build
 	$(BIN)/pytest -q e2e
+
+# vcproxy beside the real kube-proxy, case by case; the documents about it are written anew.
+conformance: $(READY) $(PACKAGES)
+	e2e/tools/build
+	$(BIN)/python -m e2e.conformance $(ARGS)
+
+conformance-docs: $(READY)
+	$(BIN)/python -m tests.conformance.report
 
 lint: $(READY)
 	$(BIN)/ruff check .

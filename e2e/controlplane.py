@@ -135,7 +135,7 @@ class ControlPlane:
         self.directory = directory
         self.service_cidrs = service_cidrs
         self.authority = Authority(name, days=30)
-        self._bin_dir = bin_dir or find_binaries(build=False)
+        self.bin_dir = bin_dir or find_binaries(build=False)
         self._ports = tuple(Port() for _ in range(3))
         self._etcd_port, self._peer_port, self._api_port = (port.number for port in self._ports)
         self._address = address
@@ -275,7 +275,7 @@ class ControlPlane:
         environment = {"PATH": os.defpath, "HOME": str(self.directory), "GOGC": "200"}
         return Process(
             f"{self.name}/{program}",
-            [str(self._bin_dir / program), *flags],
+            [str(self.bin_dir / program), *flags],
             log=self.directory / f"{program}.log",
             environment=environment,
         )

@@ -258,11 +258,19 @@ class Lab:
         """
         ip([f"route replace {prefix} via {via.ip6 if ':' in prefix else via.ip4}"], ns=place.ns)
 
-    def serve(self, place: Node | Pod | Client, *, tcp: Iterable[int] = (), udp: Iterable[int] = ()) -> None:
+    def serve(
+        self,
+        place: Node | Pod | Client,
+        *,
+        tcp: Iterable[int] = (),
+        udp: Iterable[int] = (),
+        addresses: Iterable[str] = (),
+    ) -> None:
         """Answer on these ports of the place's addresses with its name (see `server`). The ports are open when this
-        returns.
+        returns. `addresses`: others that the place was given, in place of its own.
         """
-        self._servers.serve(place.name, ns=place.ns, addresses=(place.ip4, place.ip6), tcp=tcp, udp=udp)
+        held = tuple(addresses) or (place.ip4, place.ip6)
+        self._servers.serve(place.name, ns=place.ns, addresses=held, tcp=tcp, udp=udp)
 
     def stop_serving(self, place: Node | Pod | Client) -> None:
         """Close all ports of the place, and the connections to them."""
