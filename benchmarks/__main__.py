@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import end_to_end, pipeline
+from benchmarks import churn, end_to_end, pipeline
 
-ALL = {"pipeline": pipeline.report, "end-to-end": end_to_end.report}
+ALL = {"pipeline": pipeline.report, "end-to-end": end_to_end.report, "churn": churn.report}
 
 
 def main() -> None:
