@@ -20,25 +20,36 @@ round (seen in Linux 6.18: a dump tells all flows *but* those asked for, and a f
 IPv6 flows are asked for by zone, protocol and port, and deleted one by one.
 
 Zones: an overlay tenant's flows have the zone in both directions (CTA_ZONE), a flat one's in the original direction
-only (CTA_TUPLE_ZONE in the original tuple). Filters by zone match both (nf_ct_zone_equal_any).
+only (CTATUPLE_ZONE in the original tuple). Filters by zone match both (nf_ct_zone_equal_any).
 """
 
 import errno
 import socket
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
-from typing import NamedTuple, NoReturn, TypeAlias
+from typing import NamedTuple, NoReturn
 
 from vcproxy_nftables import wire
+from vcproxy_nftables.flowcolumns import (
+    DESTINATION,
+    ID,
+    PROTO_DST_PORT,
+    PROTO_NUM,
+    PROTO_SRC_PORT,
+    SOURCE,
+    TUPLE_IP,
+    TUPLE_ORIG,
+    TUPLE_PROTO,
+    TUPLE_REPLY,
+    TUPLE_ZONE,
+    ZONE,
+    Target,
+    stale_rows,
+)
 from vcproxy_nftables.wire import Answer, Channel, NetlinkError, Reply, attributes
 
-Target: TypeAlias = tuple[bytes, int]  # address of 4 or 16 octets, port
-
 _NEW, _GET, _DELETE = (1 << 8 | kind for kind in (0, 1, 2))  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_*
-_TUPLE_ORIG, _TUPLE_REPLY, _TIMEOUT, _ID, _ZONE, _FILTER = 1, 2, 7, 12, 18, 25
-_TUPLE_IP, _TUPLE_PROTO, _TUPLE_ZONE = 1, 2, 3
-_SOURCE, _DESTINATION = {4: 1, 16: 3}, {4: 2, 16: 4}  # CTA_IP_V4_SRC ... by octets of the address
-_PROTO_NUM, _PROTO_SRC_PORT, _PROTO_DST_PORT = 1, 2, 3
+_TIMEOUT, _FILTER = 7, 25
 _ORIG_FLAGS, _REPLY_FLAGS = 1, 2
 # net/netfilter/nf_internals.h CTA_FILTER_F_*
 _BY_SOURCE, _BY_DESTINATION, _BY_PROTOCOL, _BY_SRC_PORT, _BY_DST_PORT = 1 << 0, 1 << 1, 1 << 3, 1 << 4, 1 << 5
@@ -75,19 +86,19 @@ def _family(address: bytes) -> int:
 def _zone(zone: int) -> bytes:
     if not 0 <= zone <= 0xFFFF:
         raise ValueError(f"{zone} is no conntrack zone: need 0..65535")
-    return wire.attribute(_ZONE, struct.pack(">H", zone))
+    return wire.attribute(ZONE, struct.pack(">H", zone))
 
 
 def _tuple(kind: int, protocol: int, source: Target | None, destination: Target | None, zone: bytes = b"") -> bytes:
-    """CTA_TUPLE_ORIG or _REPLY with what is given."""
+    """CTATUPLE_ORIG or _REPLY with what is given."""
     addresses = b""
-    ports = wire.attribute(_PROTO_NUM, bytes([protocol]))
-    for end, by_octets, port in ((source, _SOURCE, _PROTO_SRC_PORT), (destination, _DESTINATION, _PROTO_DST_PORT)):
+    ports = wire.attribute(PROTO_NUM, bytes([protocol]))
+    for end, by_octets, port in ((source, SOURCE, PROTO_SRC_PORT), (destination, DESTINATION, PROTO_DST_PORT)):
         if end is not None:
             addresses += wire.attribute(by_octets[len(end[0])], end[0])
             ports += wire.attribute(port, struct.pack(">H", end[1]))
-    nested = wire.nest(_TUPLE_IP, addresses) if addresses else b""
-    return wire.nest(kind, nested, wire.nest(_TUPLE_PROTO, ports), zone)
+    nested = wire.nest(TUPLE_IP, addresses) if addresses else b""
+    return wire.nest(kind, nested, wire.nest(TUPLE_PROTO, ports), zone)
 
 
 def _filter(zone: int | None, protocol: int, destination: Target | None, reply_source: Target | None) -> bytes:
@@ -97,35 +108,35 @@ def _filter(zone: int | None, protocol: int, destination: Target | None, reply_s
     original, reply = _BY_PROTOCOL, 0
     if destination:
         original |= _BY_DST_PORT | (_BY_DESTINATION if len(destination[0]) == 4 else 0)
-    octets = (b"" if zone is None else _zone(zone)) + _tuple(_TUPLE_ORIG, protocol, None, destination)
+    octets = (b"" if zone is None else _zone(zone)) + _tuple(TUPLE_ORIG, protocol, None, destination)
     if reply_source:
         reply = _BY_PROTOCOL | _BY_SRC_PORT | (_BY_SOURCE if len(reply_source[0]) == 4 else 0)
-        octets += _tuple(_TUPLE_REPLY, protocol, reply_source, None)
+        octets += _tuple(TUPLE_REPLY, protocol, reply_source, None)
     flags = (wire.attribute(_ORIG_FLAGS, struct.pack("=I", original)),)
     return octets + wire.nest(_FILTER, *flags, wire.attribute(_REPLY_FLAGS, struct.pack("=I", reply)))
 
 
 def _ends(data: bytes, start: int, end: int) -> tuple[int, Target, Target, int]:
-    """(protocol, source, destination, CTA_TUPLE_ZONE or 0) of a tuple."""
+    """(protocol, source, destination, CTATUPLE_ZONE or 0) of a tuple."""
     source = destination = b""
     protocol = source_port = destination_port = zone = 0
     for kind, first, last in attributes(data, start, end):
-        if kind == _TUPLE_IP:
+        if kind == TUPLE_IP:
             for inner, at, to in attributes(data, first, last):
-                if inner in _SOURCE.values():
+                if inner in SOURCE.values():
                     source = data[at:to]
                 else:
                     destination = data[at:to]
-        elif kind == _TUPLE_PROTO:
+        elif kind == TUPLE_PROTO:
             for inner, at, to in attributes(data, first, last):
                 value = int.from_bytes(data[at:to], "big")
-                if inner == _PROTO_NUM:
+                if inner == PROTO_NUM:
                     protocol = value
-                elif inner == _PROTO_SRC_PORT:
+                elif inner == PROTO_SRC_PORT:
                     source_port = value
-                elif inner == _PROTO_DST_PORT:
+                elif inner == PROTO_DST_PORT:
                     destination_port = value
-        elif kind == _TUPLE_ZONE:
+        elif kind == TUPLE_ZONE:
             zone = int.from_bytes(data[first:last], "big")
     return protocol, (source, source_port), (destination, destination_port), zone
 
@@ -135,16 +146,16 @@ def _flow(reply: Reply) -> Flow:
     protocol = zone = 0
     source = destination = reply_source = (b"", 0)
     for kind, start, end in attributes(reply.data, reply.start, reply.end):
-        if kind == _TUPLE_ORIG:
+        if kind == TUPLE_ORIG:
             protocol, source, destination, own_zone = _ends(reply.data, start, end)
             zone = zone or own_zone
             handle += wire.attribute(kind | wire.NESTED, reply.data[start:end])
-        elif kind == _TUPLE_REPLY:
+        elif kind == TUPLE_REPLY:
             _, reply_source, _, _ = _ends(reply.data, start, end)
-        elif kind == _ZONE:
+        elif kind == ZONE:
             zone = int.from_bytes(reply.data[start:end], "big")
             handle += wire.attribute(kind, reply.data[start:end])
-        elif kind == _ID:
+        elif kind == ID:
             handle += wire.attribute(kind, reply.data[start:end])
     return Flow(zone, protocol, source, destination, reply_source, handle)
 
@@ -168,10 +179,10 @@ class Conntrack:
         """Find out what the kernel honours, once; harmless: see the module. Done by itself before the first flush."""
         if self._support is None:
             there = (_PROBE_SOURCE, 9), (_PROBE_DESTINATION, 9)
-            original = _tuple(_TUPLE_ORIG, socket.IPPROTO_UDP, *there)
+            original = _tuple(TUPLE_ORIG, socket.IPPROTO_UDP, *there)
             made = (
                 original
-                + _tuple(_TUPLE_REPLY, socket.IPPROTO_UDP, there[1], there[0])
+                + _tuple(TUPLE_REPLY, socket.IPPROTO_UDP, there[1], there[0])
                 + _zone(_PROBE_ZONE)
                 + wire.attribute(_TIMEOUT, struct.pack(">I", _PROBE_SECONDS))
             )
@@ -225,29 +236,27 @@ class Conntrack:
 
         An empty set forgets all flows to its key. Returns how many were forgotten. Each of a few destinations is one
         scan of the table inside the kernel; of many, one scan tells all flows of the protocol. `serving` is asked once
-        for each destination that has flows.
+        for each destination that has flows, and of flows that stay only columns are looked at (see flowcolumns).
         """
         count = 0
-        kept: dict[Target, Set[Target]] = {}
+        zone = next(iter(zones)) if len(zones) == 1 else None
         for family in (socket.AF_INET, socket.AF_INET6):
             mine = [destination for destination in serving if _family(destination[0]) == family]
             asked: Iterable[Target | None] = mine if len(mine) <= _SINGLE_DUMPS else (None,)
-            stale = []
             for destination in asked:
-                for flow in self.flows(zones=zones, protocol=protocol, family=family, destination=destination):
-                    if flow.destination in serving:
-                        if flow.destination not in kept:
-                            kept[flow.destination] = serving[flow.destination]
-                        if flow.reply_source not in kept[flow.destination]:
-                            stale.append(flow)
-            count += self._forget(protocol, stale)
+                replies = self._replies(family, _filter(zone, protocol, destination, None))
+                stale = [_flow(replies[row]) for row in stale_rows(replies, zones, protocol, serving)]
+                count += self._forget(protocol, stale)
         return count
 
     def _flows(self, family: int, payload: bytes) -> Iterator[Flow]:
+        return map(_flow, self._replies(family, payload))
+
+    def _replies(self, family: int, payload: bytes) -> list[Reply]:
         replies, verdict = self._channel.dump(kind=_GET, family=family, payload=payload)
         if verdict.error:
             self._refused("read flows", verdict)
-        return map(_flow, replies)
+        return replies
 
     def _forget(self, protocol: int, stale: list[Flow]) -> int:
         groups: dict[tuple[int, Target, Target], list[Flow]] = {}

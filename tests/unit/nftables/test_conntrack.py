@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import ipaddress
+import random
 import socket
 import struct
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from vcproxy_nftables import conntrack, wire
-from vcproxy_nftables.conntrack import Conntrack, Support, Target
+from vcproxy_nftables.conntrack import Conntrack, Support
+from vcproxy_nftables.flowcolumns import Target, stale_rows
 from vcproxy_nftables.netlink import NetlinkError
 
 pytestmark = pytest.mark.packets
@@ -48,10 +50,10 @@ class Clients:
         self._count += 1
         prefix = bytes([172, 16]) if len(destination[0]) == 4 else bytes([0xFD, 2, *bytes(12)])
         client = prefix + struct.pack(">H", self._count), 40_000
-        own_zone = wire.attribute(conntrack._TUPLE_ZONE, struct.pack(">H", zone)) if flat else b""
+        own_zone = wire.attribute(conntrack.TUPLE_ZONE, struct.pack(">H", zone)) if flat else b""
         payload = (
-            conntrack._tuple(conntrack._TUPLE_ORIG, protocol, client, destination, own_zone)
-            + conntrack._tuple(conntrack._TUPLE_REPLY, protocol, endpoint, client)
+            conntrack._tuple(conntrack.TUPLE_ORIG, protocol, client, destination, own_zone)
+            + conntrack._tuple(conntrack.TUPLE_REPLY, protocol, endpoint, client)
             + wire.attribute(conntrack._TIMEOUT, struct.pack(">I", 600))
             + (b"" if flat else conntrack._zone(zone))
         )
@@ -188,6 +190,39 @@ def test_the_many_flows_of_one_endpoint_are_forgotten_alike(
     assert left == (3, 3, 3)
 
 
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["IPv4", "IPv6"])
+def test_columns_find_what_reading_flow_by_flow_finds(
+    family: socket.AddressFamily, tracker: Conntrack, clients: Clients
+) -> None:
+    """Of flows of every layout that the kernel has for them, in any mixture."""
+    chance = random.Random(family)
+    lead = "10.96.0." if family == socket.AF_INET else "fd00::"
+    services, endpoints = ([at(f"{lead}{first + n}", 53 + n % 2) for n in range(4)] for first in (10, 60))
+    for _ in range(400):
+        destination = chance.choice(services)
+        clients.dial(
+            destination,
+            chance.choice((destination, *endpoints)),
+            zone=chance.choice((0, 7, 8, 9)),
+            flat=chance.random() < 0.5,
+            protocol=chance.choice((UDP, UDP, TCP)),
+        )
+    serving: dict[Target, set[Target]] = {
+        destination: set(chance.sample(endpoints, chance.randint(0, 3))) for destination in services[1:]
+    }
+    replies = tracker._replies(family, b"")
+    for zones in ({0}, {7}, {8, 9}, {0, 7, 8, 9}, set[int]()):
+        expected = [
+            row
+            for row, flow in enumerate(map(conntrack._flow, replies))
+            if flow.zone in zones
+            and flow.protocol == UDP
+            and flow.reply_source not in serving.get(flow.destination, {flow.reply_source})
+        ]
+        assert sorted(stale_rows(replies, zones, UDP, serving)) == expected
+    assert stale_rows([], {0}, UDP, serving) == []
+
+
 @pytest.mark.parametrize("zone", [-1, 65_536])
 def test_a_zone_has_16_bits(zone: int, tracker: Conntrack) -> None:
     with pytest.raises(ValueError, match="no conntrack zone"):
@@ -196,5 +231,5 @@ def test_a_zone_has_16_bits(zone: int, tracker: Conntrack) -> None:
 
 def test_what_the_kernel_refuses_is_raised(tracker: Conntrack) -> None:
     with pytest.raises(NetlinkError, match="cannot delete a flow: EINVAL") as caught:
-        tracker._delete(socket.AF_INET, conntrack._tuple(conntrack._TUPLE_ORIG, UDP, None, DNS))
+        tracker._delete(socket.AF_INET, conntrack._tuple(conntrack.TUPLE_ORIG, UDP, None, DNS))
     assert caught.value.errno == errno.EINVAL
