@@ -30,7 +30,7 @@ from vcproxy.brain.tenants import Grant, Tenants
 from vcproxy.kube.client import Limits as ClientLimits
 from vcproxy.kube.reflector import Timing
 from vcproxy.model.addresses import AddressError, Prefix, parse_prefix
-from vcproxy.ops import admin, logs, metrics
+from vcproxy.ops import admin, garbage, logs, metrics
 from vcproxy.ops.configfile import ConfigError
 from vcproxy.ops.stopping import until_stopped
 
@@ -103,6 +103,7 @@ class Brain:
         located = self._config.super_cluster is None or (self._super is not None and self._super.complete)
         if located and self.tenants.complete and not self.placement.ready:
             self.placement.set_ready()
+            garbage.settled()
             _log.info("ready: every tenant is known, and where pods run", tenants=len(self.store.tenants()))
 
     async def _keep_time(self) -> None:

@@ -10,7 +10,7 @@ import click
 
 from vcproxy.backend.protocol import BackendError
 from vcproxy.cli.main import Failure
-from vcproxy.ops import configfile, logs
+from vcproxy.ops import configfile, garbage, logs
 from vcproxy.ops.admin import AdminError
 
 # Exceptions whose message is written for people; anything else is a fault of ours and shows its traceback.
@@ -71,6 +71,7 @@ def run_daemon(start: Callable[[], Coroutine[Any, Any, None]], *, loop: Any = No
     """Run until the daemon ends; expected errors become one line and exit status 1."""
     # Our logs say when a stream ends; gRPC's own lines have no tenant, no node and no level.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    garbage.tune()
     try:
         with asyncio.Runner(loop_factory=loop) as runner:
             runner.run(start())

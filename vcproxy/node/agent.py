@@ -51,7 +51,7 @@ from vcproxy.node.pending import Pending, Task
 from vcproxy.node.report import Progress, TenantState
 from vcproxy.node.resolver import NodeView
 from vcproxy.node.worker import Done, Order, Worker
-from vcproxy.ops import logs
+from vcproxy.ops import garbage, logs
 
 # Ports of a first load that are programmed in one turn: some tens of milliseconds.
 CHUNK = 2000
@@ -172,9 +172,13 @@ class Agent:
 
     async def run(self) -> None:
         """Program whatever changes, for ever. Cancelling waits for the backend call under way."""
+        loading = True
         while True:
             self._wake.clear()
             await self.settle()
+            if loading and self._duties.informed:
+                loading = False
+                garbage.settled()
             due = [at for at in (self._tasks.next_at(), self._duties.pending.next_at()) if at is not None]
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(min(due) - self._clock(), 0) if due else None):

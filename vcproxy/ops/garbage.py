@@ -1,0 +1,24 @@
+"""Python's cycle collector, told what a daemon's memory is like.
+
+Nearly all that a brain or an agent holds lives until its tenant changes it and is in no cycle: reference counts free
+it. The collector does not know that, looks at some hundred thousand objects again and again while a first load goes on
+(a third of the time that planning takes), and later now and then at all of them at once, half a second in which no
+tenant is served. So it runs seldom, and what was there when the first load was done it never looks at again.
+"""
+
+import gc
+
+_YOUNG, _MIDDLE, _OLD = 50_000, 20, 100
+"""Objects made until the youngest are looked at; times of that until the middle ones are; and until all are."""
+
+
+def tune() -> None:
+    """At the start, when all modules are loaded."""
+    gc.freeze()
+    gc.set_threshold(_YOUNG, _MIDDLE, _OLD)
+
+
+def settled() -> None:
+    """The first load is done: what is there now stays. Costs a look at the young objects alone."""
+    gc.collect(1)
+    gc.freeze()
