@@ -21,7 +21,8 @@ from vcproxy.model.tenant import SUPER_UID
 from vcproxy_nftables.changes import Element
 from vcproxy_nftables.elements import Elements, MapSpec
 from vcproxy_nftables.netlink import Nfnetlink
-from vcproxy_nftables.plan import Plan, Planner
+from vcproxy_nftables.plan import Planner
+from vcproxy_nftables.planned import Plan
 from vcproxy_nftables.pools import EXACT_SIZES, NUMBER_BITS, NUMBER_MASK, NUMBERS, expand
 from vcproxy_nftables.specs import ATTACHMENT, COMMENTED, FAMILY, NODE, ORDER, PORT, TENANTS, WANTED, ZONED, zone_of
 from vcproxy_nftables.state import POOLS, WIDTH, Pool, Port, Tenant, affine_elements, claim_of

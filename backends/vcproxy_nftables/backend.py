@@ -25,7 +25,8 @@ from vcproxy.model.tenant import SUPER_UID
 from vcproxy_nftables import adopt, cleaning, listing, node, repair
 from vcproxy_nftables.changes import Changes
 from vcproxy_nftables.kernel import Kernel
-from vcproxy_nftables.plan import Plan, Planner
+from vcproxy_nftables.plan import Planner
+from vcproxy_nftables.planned import Plan
 from vcproxy_nftables.specs import TENANTS, zone_value
 from vcproxy_nftables.state import Tenant
 from vcproxy_nftables.wire import NetlinkError

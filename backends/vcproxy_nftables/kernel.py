@@ -14,7 +14,7 @@ from vcproxy_nftables import chains, table
 from vcproxy_nftables.changes import Changes
 from vcproxy_nftables.conntrack import Conntrack
 from vcproxy_nftables.netlink import Nfnetlink, TableMissing
-from vcproxy_nftables.plan import Plan
+from vcproxy_nftables.planned import Plan
 from vcproxy_nftables.pools import NUMBER_BITS, SIZES
 from vcproxy_nftables.specs import FAMILY, WANTED
 

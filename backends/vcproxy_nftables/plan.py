@@ -6,12 +6,9 @@ means for the kernel; the work of a call is in proportion to the ports that it n
 Frontends are claimed. Two ports may want the same public address (two tenants granted the same node port), or, while
 Services are replaced, the same ClusterIP. The first holder keeps it, the others are told why not and wait; when the
 holder gives it up, the longest waiting one gets it in the same transaction.
-
-Affinity timeouts are exact to three digits (1 to 999 s, 10800 s, 86400 s ...), rounded up beyond: each distinct one in
-use is a chain, and a hostile tenant could otherwise make one for each of 86,400 seconds.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable
 
 from msgspec.structs import replace
 
@@ -19,10 +16,11 @@ from vcproxy.backend.protocol import Rejection
 from vcproxy.model.addresses import Prefix, format_target
 from vcproxy.model.forwarding import ForwardedFrontend, ForwardedPort
 from vcproxy.model.services import FrontendKind, PortKey, Protocol
-from vcproxy_nftables.changes import Changes
+from vcproxy_nftables.affinity import affinity_class, bind
 from vcproxy_nftables.elements import MapSpec
+from vcproxy_nftables.planned import Flows, Plan
 from vcproxy_nftables.pools import MAX_TARGETS, NUMBERS, Numbers, arrange, size_class, split
-from vcproxy_nftables.specs import FAMILY, ORDER, affine_value, number, target_value
+from vcproxy_nftables.specs import ORDER
 from vcproxy_nftables.state import (
     POOLS,
     WIDTH,
@@ -33,69 +31,13 @@ from vcproxy_nftables.state import (
     elements,
     first_of_each,
     is_public,
-    learn_verdict,
     pools_of,
     range_elements,
     shared,
 )
 
-MAX_TARGET_IDS = 4095
-"""Targets of a pool that clients can be bound to; those beyond are balanced only."""
-
-Target = tuple[bytes, int]
 Claim = tuple[MapSpec, bytes]
 Hint = Callable[[Port, ForwardedPort], tuple[Pool | None, ...]]
-
-
-def affinity_class(seconds: int) -> int:
-    """The timeout that is programmed for a wanted one: the next with three significant digits."""
-    if seconds < 1000:
-        return seconds
-    step: int = 10 ** (len(str(seconds)) - 3)
-    return -(-seconds // step) * step
-
-
-class Flows(Mapping[Target, Set[Target]]):
-    """UDP destinations whose flows must be looked at, with the targets that they may stay with."""
-
-    def __init__(self) -> None:
-        self._serving: dict[Target, bytes] = {}
-
-    def note(self, destination: Target, serving: bytes) -> None:
-        """The last word about a destination counts."""
-        self._serving[destination] = serving
-
-    def __getitem__(self, destination: Target) -> Set[Target]:
-        width = len(destination[0]) + 2
-        packed = split(self._serving[destination], width)
-        return {(target[:-2], int.from_bytes(target[-2:], "big")) for target in packed}
-
-    def __contains__(self, destination: object) -> bool:
-        return destination in self._serving
-
-    def __iter__(self) -> Iterator[Target]:
-        return iter(self._serving)
-
-    def __len__(self) -> int:
-        return len(self._serving)
-
-
-class Plan:
-    """What one call means for the kernel.
-
-    `flows`: by zone; PUBLIC stands for all zones that may dial public frontends. `classes`, `timeouts`: by family, the
-    size classes and affinity timeouts whose chains must exist before. `freed`: (family, pool number), to be handed out
-    again when all is committed.
-    """
-
-    PUBLIC = -1
-
-    def __init__(self) -> None:
-        self.changes = Changes()
-        self.flows: dict[int, Flows] = {}
-        self.classes: dict[int, set[int]] = {4: set(), 6: set()}
-        self.timeouts: dict[int, set[int]] = {4: set(), 6: set()}
-        self.freed: list[tuple[int, int]] = []
 
 
 class Planner:
@@ -312,7 +254,7 @@ class Planner:
         if slots != pool.slots:
             plan.changes.set_pool(family, pool.number, pool.slots, slots)
             pool.slots = slots
-        _bind(plan, family, pool, seconds if slots else 0)
+        bind(plan, family, pool, seconds if slots else 0)
         if not slots:
             plan.freed.append((family, pool.number))
             return None
@@ -389,48 +331,3 @@ def _recount(plan: Plan, tenant: Tenant, before: list[Claim], after: list[Claim]
         if not counts[claim]:
             del counts[claim]
             plan.changes.set(*claim, b"", None)
-
-
-def _bind(plan: Plan, family: int, pool: Pool, seconds: int) -> None:
-    """Affinity of a pool: whether clients are bound to its targets, for how long, and the targets' ids."""
-    if not seconds and not pool.seconds:
-        return
-    specs, lead, change = FAMILY[family], number(pool.number), plan.changes.set
-    if seconds:
-        plan.timeouts[family].add(seconds)
-    change(specs.affine_pools, lead, _learns(family, pool.seconds), _learns(family, seconds))
-    pool.seconds = seconds
-    ids = _target_ids(pool.ids, split(pool.slots, WIDTH[family]) if seconds else [])
-    for target in pool.ids.keys() - ids.keys():
-        value = affine_value(pool.ids[target], pool.number)
-        change(specs.affine_targets, value, target_value(target), None)
-        change(specs.affine_ids, lead + target_value(target), value, None)
-    for target in ids.keys() - pool.ids.keys():
-        value = affine_value(ids[target], pool.number)
-        change(specs.affine_targets, value, None, target_value(target))
-        change(specs.affine_ids, lead + target_value(target), None, value)
-    pool.ids = ids
-
-
-def _learns(family: int, seconds: int) -> bytes | None:
-    return learn_verdict(family, seconds) if seconds else None
-
-
-def _target_ids(held: dict[bytes, int], wanted: list[bytes]) -> dict[bytes, int]:
-    """Ids of the wanted targets: those held, and others for the new ones, each used again as late as possible."""
-    ids = {target: held[target] for target in wanted if target in held}
-    used = set(held.values())
-    candidate = max(used, default=0)
-    for target in wanted:
-        if target in ids:
-            continue
-        if len(used) >= MAX_TARGET_IDS:
-            used = set(ids.values())  # those of targets that go just now
-            if len(used) >= MAX_TARGET_IDS:
-                break
-        candidate = candidate % MAX_TARGET_IDS + 1
-        while candidate in used:
-            candidate = candidate % MAX_TARGET_IDS + 1
-        ids[target] = candidate
-        used.add(candidate)
-    return ids

@@ -12,7 +12,7 @@ from vcproxy_nftables.adopt import Image
 from vcproxy_nftables.changes import Element
 from vcproxy_nftables.elements import MapSpec
 from vcproxy_nftables.node import Values
-from vcproxy_nftables.plan import Plan
+from vcproxy_nftables.planned import Plan
 from vcproxy_nftables.pools import size_class
 from vcproxy_nftables.specs import FAMILY, number
 from vcproxy_nftables.state import (

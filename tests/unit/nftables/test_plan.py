@@ -12,7 +12,9 @@ from vcproxy.model.addresses import parse_address, parse_prefix
 from vcproxy.model.forwarding import Action, ForwardedFrontend, ForwardedPort, Masquerade
 from vcproxy.model.services import FrontendKind, PortKey, Protocol
 from vcproxy_nftables import adopt, repair
-from vcproxy_nftables.plan import MAX_TARGET_IDS, Plan, Planner, affinity_class
+from vcproxy_nftables.affinity import MAX_TARGET_IDS, affinity_class
+from vcproxy_nftables.plan import Planner
+from vcproxy_nftables.planned import Plan
 from vcproxy_nftables.pools import NUMBER_MASK, NUMBERS, REJECT
 from vcproxy_nftables.specs import FAMILY, ORDER, PORT, TENANTS, zone_value
 from vcproxy_nftables.state import Tenant
