@@ -14,13 +14,13 @@ from msgspec.structs import replace
 
 from vcproxy.backend.protocol import Rejection
 from vcproxy.model.addresses import Prefix, format_target
-from vcproxy.model.forwarding import ForwardedFrontend, ForwardedPort
+from vcproxy.model.forwarding import Action, ForwardedFrontend, ForwardedPort
 from vcproxy.model.services import FrontendKind, PortKey, Protocol
 from vcproxy_nftables.affinity import affinity_class, bind
 from vcproxy_nftables.elements import MapSpec
 from vcproxy_nftables.planned import Flows, Plan
-from vcproxy_nftables.pools import MAX_TARGETS, NUMBERS, Numbers, arrange, size_class, split
-from vcproxy_nftables.specs import ORDER
+from vcproxy_nftables.pools import MAX_TARGETS, NUMBERS, Numbers, arrange, pool_value, size_class, split
+from vcproxy_nftables.specs import FAMILY, ORDER, PORT, number, port_field
 from vcproxy_nftables.state import (
     POOLS,
     WIDTH,
@@ -78,6 +78,8 @@ class Planner:
                     shrunk.add(forwarded.key)
         for forwarded in possible:
             port = tenant.ports.get(forwarded.key)
+            if port is None and hint is None and self._bear(plan, tenant, forwarded):
+                continue
             if port is None:
                 port = tenant.ports[forwarded.key] = Port(tenant, ForwardedPort(forwarded.key))
                 port.pools = hint(port, forwarded) if hint else port.pools
@@ -163,6 +165,54 @@ class Planner:
             self._note_flows(plan, port, old, before, after)
         for claim in released:
             self._hand_over(plan, claim)
+
+    def _bear(self, plan: Plan, tenant: Tenant, forwarded: ForwardedPort) -> bool:
+        """Make a port that is new and simple, as nearly all are; False, and nothing done, for any other.
+
+        Simple: ClusterIPs that nobody else holds and that lead to endpoints, all on other nodes; no affinity, no flows
+        to look at. What follows is what `_change` comes to for such a port, at half the price: a first load is made of
+        them.
+        """
+        protocol, frontends = forwarded.key.protocol, forwarded.frontends
+        if forwarded.affinity_seconds or protocol is Protocol.UDP or forwarded.own4 or forwarded.own6 or not frontends:
+            return False
+        zone, claims, promised = tenant.lead, self._claims, self.promised
+        found: dict[Claim, ForwardedFrontend] = {}
+        for frontend in frontends:
+            address = frontend.address
+            six = len(address) == 16
+            claim = (PORT[protocol, 6 if six else 4].frontends, zone + address + port_field(frontend.port))
+            if (
+                frontend.kind is not FrontendKind.CLUSTER_IP
+                or frontend.inside is not Action.CLUSTER
+                or not (forwarded.cluster6 if six else forwarded.cluster4)
+                or claim in claims
+                or claim in promised
+            ):
+                return False
+            found[claim] = frontend
+        port = tenant.ports[forwarded.key] = Port(tenant, forwarded)
+        pools: list[Pool | None] = [None, None, None, None]
+        values: dict[int, bytes] = {}
+        change, counts = plan.changes.set, tenant.counts
+        for claim, frontend in found.items():
+            claims[claim] = port
+            family = 4 if len(frontend.address) == 4 else 6
+            if family not in values:
+                packed = forwarded.cluster4 if family == 4 else forwarded.cluster6
+                size = len(packed) // WIDTH[family]
+                pool = pools[family == 6] = Pool(self.numbers[family].take(), packed)
+                plan.changes.set_pool(family, pool.number, b"", packed)
+                values[family] = number(pool_value(pool.number, size))
+                if size > 1:
+                    plan.classes[family].add(size_class(size))
+            change(*claim, None, values[family])
+            virtual = (FAMILY[family].virtual_ips, zone + frontend.address)
+            held = counts[virtual] = counts.get(virtual, 0) + 1
+            if held == 1:
+                change(*virtual, None, b"")
+        port.pools = tuple(pools)
+        return True
 
     # Claims
 

@@ -46,17 +46,18 @@ class Pool:
 
 
 class Tenant:
-    """A tenant on this node. `overlay`, `flat`: how it is attached now. `adopted`: the table holds elements of it that
-    an earlier run wrote and this one has not been told about yet."""
+    """A tenant on this node. `lead`: what the keys of its elements begin with. `overlay`: attached by devices of
+    its own. `adopted`: the table holds elements of it that an earlier run wrote and this one has not been told about.
+    """
 
-    __slots__ = ("adopted", "counts", "flat", "overlay", "ports", "ranges", "uid", "zone")
+    __slots__ = ("adopted", "counts", "lead", "overlay", "ports", "ranges", "uid", "zone")
 
     def __init__(self, uid: str, zone: int, *, adopted: bool = False) -> None:
         self.uid = uid
         self.zone = zone
+        self.lead = zone_field(zone)
         self.adopted = adopted
         self.overlay = False
-        self.flat = False
         self.ports: dict[PortKey, Port] = {}
         self.ranges: tuple[Prefix, ...] = ()
         self.counts: dict[tuple[MapSpec, bytes], int] = {}
@@ -103,7 +104,7 @@ def claim_of(port: Port, frontend: ForwardedFrontend) -> tuple[MapSpec, bytes]:
         return specs.nodeports, frontend.port.to_bytes(2, "big")
     dialled = frontend.address + port_field(frontend.port)
     if frontend.kind is FrontendKind.CLUSTER_IP:
-        return specs.frontends, zone_field(port.tenant.zone) + dialled
+        return specs.frontends, port.tenant.lead + dialled
     return specs.public, dialled
 
 
@@ -129,7 +130,7 @@ def elements(port: Port, node_addresses: frozenset[bytes]) -> Iterator[Element]:
         specs = PORT[protocol, family]
         inside = _value(port, frontend.inside, family)
         if frontend.kind is FrontendKind.CLUSTER_IP:
-            key = zone_field(tenant.zone) + frontend.address + port_field(frontend.port)
+            key = tenant.lead + frontend.address + port_field(frontend.port)
             yield Element(specs.frontends, key, inside)
             continue
         outside = inside if frontend.outside is frontend.inside else _value(port, frontend.outside, family)
@@ -173,7 +174,7 @@ def _firewall(
 
 def shared(port: Port) -> Iterator[tuple[MapSpec, bytes]]:
     """Elements that a port needs and others of the tenant may need too."""
-    zone = zone_field(port.tenant.zone)
+    zone = port.tenant.lead
     for position, frontend in enumerate(port.forwarded.frontends):
         if frontend.kind is FrontendKind.CLUSTER_IP and position not in port.blocked:
             yield FAMILY[frontend.family].virtual_ips, zone + frontend.address
