@@ -161,10 +161,12 @@ def _firewall(
     specs: PortSpecs, key: bytes, address: bytes, ranges: tuple[Prefix, ...], node_addresses: frozenset[bytes]
 ) -> Iterator[Element]:
     """Who may dial a load balancer's address. Where the node itself may, so may the address: when it is also a local
-    address of the node (many load balancers do that), the node's own connections to it come from it (kube-proxy's
-    rule)."""
+    address of the node (many load balancers do that), the node's own connections to it come from it. Ranges of the
+    other family wall nothing off. (Both are kube-proxy's rules.)"""
     octets = len(address)
     allowed = tuple(prefix for prefix in ranges if len(prefix.address) == octets)
+    if not allowed:
+        return
     if any(prefix.covers(node) for prefix in allowed for node in node_addresses):
         allowed += (Prefix(address, octets * 8),)
     yield Element(specs.firewalled, key, b"")

@@ -424,3 +424,12 @@ def test_where_the_node_is_allowed_the_load_balancers_own_address_is_too() -> No
     world.planner.set_node_addresses(world.plan, frozenset({parse_address("203.0.113.7")}))
     assert world.commit() == 1
     assert len(allowed) == 2
+
+
+def test_source_ranges_of_the_other_family_wall_nothing_off() -> None:
+    world = World()
+    frontends = (load_balancer("198.51.100.1"), load_balancer("2001:db8:100::1"))
+    ranges = (parse_prefix("203.0.113.0/24"),)
+    world.put("super", ForwardedPort(key(), frontends, cluster4=targets(1), source_ranges=ranges))
+    assert len(world.table.maps[PORT[Protocol.TCP, 4].firewalled]) == 1
+    assert not world.table.maps.get(PORT[Protocol.TCP, 6].firewalled)
