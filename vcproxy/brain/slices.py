@@ -193,7 +193,7 @@ def _unique(table: Columns, family: int) -> Columns:
     # Fixed-width byte strings compare like their octets: padding with zeros is what equal widths make harmless.
     targets: npt.NDArray[np.bytes_] = np.ascontiguousarray(raw[:, :octets]).view(f"S{octets}").reshape(-1)
     flags = table["flags"]
-    order = np.lexsort((table["hints"], table["node"], ~flags & TERMINATING, flags & SERVING, flags & READY, targets))
+    order = np.lexsort((table["hints"], table["node"], flags & SERVING, flags & READY, ~flags & TERMINATING, targets))
     ranked = targets[order]
     last = np.append(ranked[1:] != ranked[:-1], True)
     kept: Columns = table[order[last]]

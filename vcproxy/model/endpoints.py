@@ -83,9 +83,10 @@ def pack(endpoints: Iterable[Endpoint]) -> tuple[bytes, bytes, tuple[HintSet, ..
 
     The result is canonical: equal sets of endpoints give equal bytes.
 
-    Duplicates (same address and port, in several slices while one is moved to another) become one record: the one with
-    the best flags (ready, then serving, then not terminating), then the greatest node id, then the greatest hints, so
-    that the result does not depend on order.
+    Duplicates become one record: the same endpoint in several slices while it is moved, or two pods, when a network uses
+    the address of a pod again that still terminates. Then the living one counts (kube-proxy's addEndpoints). So the best
+    flags win: not terminating, then ready, then serving; then the greatest node id and the greatest hints, so that the
+    result does not depend on order.
     """
     best: dict[tuple[bytes, int], Endpoint] = {}
     for endpoint in endpoints:
@@ -112,7 +113,7 @@ def pack(endpoints: Iterable[Endpoint]) -> tuple[bytes, bytes, tuple[HintSet, ..
 def _preference(endpoint: Endpoint) -> tuple[bool, bool, bool, int, HintSet]:
     flags = endpoint.flags
     hints = endpoint.hints or HintSet((), ())
-    return bool(flags & READY), bool(flags & SERVING), not flags & TERMINATING, endpoint.node, hints
+    return not flags & TERMINATING, bool(flags & READY), bool(flags & SERVING), endpoint.node, hints
 
 
 def unpack(packed: bytes, record_family: int, hint_sets: tuple[HintSet, ...] = ()) -> list[Endpoint]:

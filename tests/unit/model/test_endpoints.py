@@ -1,5 +1,8 @@
 """Packed endpoints: canonical, and diff and patch are inverse."""
 
+import itertools
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,15 +48,16 @@ def test_patch_undoes_diff(before: list[Endpoint], after: list[Endpoint]) -> Non
         assert endpoints.patch(old, *endpoints.diff(old, new, family), family) == new
 
 
-def test_duplicate_across_slices_prefers_ready_then_serving() -> None:
-    address = bytes((10, 0, 0, 1))
-    copies = [
-        Endpoint(address, 80, TERMINATING),
-        Endpoint(address, 80, READY | SERVING),
-        Endpoint(address, 80, SERVING),
-    ]
-    packed, _, _ = endpoints.pack(copies)
+@pytest.mark.parametrize("copies", itertools.permutations((TERMINATING | READY | SERVING, SERVING, READY | SERVING)))
+def test_of_duplicates_the_ready_one_counts(copies: tuple[int, ...]) -> None:
+    packed, _, _ = endpoints.pack(Endpoint(bytes((10, 0, 0, 1)), 80, flags) for flags in copies)
     assert [e.flags for e in endpoints.unpack(packed, 4)] == [READY | SERVING]
+
+
+@pytest.mark.parametrize("copies", itertools.permutations((TERMINATING | SERVING, 0)))
+def test_an_address_that_is_used_again_is_the_new_pods(copies: tuple[int, ...]) -> None:
+    packed, _, _ = endpoints.pack(Endpoint(bytes((10, 0, 0, 1)), 80, flags) for flags in copies)
+    assert [e.flags for e in endpoints.unpack(packed, 4)] == [0]
 
 
 def test_not_canonical() -> None:
