@@ -22,7 +22,8 @@ but to a target id (pool number and a number within the pool), which a second ma
 element there, the client's binding leads nowhere and the client is balanced anew, and all others keep theirs. An id
 packs as id << 20 | pool number, so that masking gives back the pool. A binding that leads nowhere is deleted on the
 way: `update` of an element that is there renews its timeout and leaves its data (nft_dynset_eval), so the client's next
-endpoint would not be learnt. An IPv6 client is the lower 96 bits of its address: nft 1.0.6 gives the key of a map that
+endpoint would not be learnt. That holds for pools of one target too, or a client would not stay with the last one when
+others come back. An IPv6 client is the lower 96 bits of its address: nft 1.0.6 gives the key of a map that
 is updated 16 octets of registers, and puts the data right behind, over whatever part of a longer key lies there.
 
 Public frontends (external, load-balancer, node ports) have no zone in their key and come after the zone's own. For
@@ -147,11 +148,15 @@ def _random_slot(f: int, size: int) -> list[str]:
     return [f"meta l4proto {p} dnat {_IP[f]} to {key} map @endpoints{f}" for p in PROTOCOLS]
 
 
+def _bound(f: int) -> str:
+    return f"meta priority set meta priority . {_CLIENT[f]} map @affinity{f} jump affine{f}"
+
+
 def _balance_chain(f: int, size: int) -> str:
     return _chain(
         balance_chain(f, size),
         "meta priority set meta priority & f:ffff",
-        f"meta priority set meta priority . {_CLIENT[f]} map @affinity{f} jump affine{f}",
+        _bound(f),
         *_random_slot(f, size),
     )
 
@@ -169,6 +174,7 @@ def _family_chains(f: int) -> str:
             f"pool{f}",
             f"meta priority & fff0:0 vmap @balance{f}",
             "meta priority set meta priority & f:ffff",
+            _bound(f),
             *_random_slot(f, 1),
             "drop",
         )

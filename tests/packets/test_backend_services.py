@@ -318,6 +318,20 @@ def test_client_ip_affinity_holds_across_frontends_and_ends_with_the_endpoint(
 
 
 @families
+def test_a_client_stays_with_the_last_endpoint_when_others_come_back(cluster: Cluster, family: int) -> None:
+    def put(*pods: Pod) -> None:
+        cluster.backend.put("super", service(cluster_ip(*VIP.values()), pods, affinity_seconds=10800))
+
+    put(*cluster.pods)
+    (held,) = answered_by(lambda: tcp_request(cluster.client, VIP[family], 80), 6)
+    last = next(pod for pod in cluster.pods if pod.name != held)
+    put(last)
+    assert answered_by(lambda: tcp_request(cluster.client, VIP[family], 80), 2) == {last.name}
+    put(*cluster.pods)
+    assert answered_by(lambda: tcp_request(cluster.client, VIP[family], 80), 12) == {last.name}
+
+
+@families
 def test_client_ip_affinity_expires(cluster: Cluster, family: int) -> None:
     cluster.backend.put("super", service(cluster_ip(*VIP.values()), cluster.pods, affinity_seconds=1))
     assert len(answered_by(lambda: tcp_request(cluster.client, VIP[family], 80), 12)) == 1
