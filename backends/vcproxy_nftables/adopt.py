@@ -19,11 +19,11 @@ from vcproxy.model.forwarding import ForwardedPort
 from vcproxy.model.services import FrontendKind
 from vcproxy.model.tenant import SUPER_UID
 from vcproxy_nftables.changes import Element
-from vcproxy_nftables.elements import Elements, MapSpec
+from vcproxy_nftables.elements import Elements, MapSpec, Matrix
 from vcproxy_nftables.netlink import Nfnetlink
 from vcproxy_nftables.plan import Planner
 from vcproxy_nftables.planned import Plan
-from vcproxy_nftables.pools import EXACT_SIZES, NUMBER_BITS, NUMBER_MASK, NUMBERS, expand
+from vcproxy_nftables.pools import EXACT_SIZES, NUMBER_BITS, NUMBER_MASK, NUMBERS, SIZES, expand
 from vcproxy_nftables.specs import ATTACHMENT, COMMENTED, FAMILY, NODE, ORDER, PORT, TENANTS, WANTED, ZONED, zone_of
 from vcproxy_nftables.state import POOLS, WIDTH, Pool, Port, Tenant, affine_elements, claim_of
 
@@ -55,12 +55,22 @@ class Image:
 
 
 def read(netlink: Nfnetlink) -> Image:
-    """Dump and sort the whole table. Raises TableMissing, NetlinkError, OSError."""
+    """Read and sort the whole table. Raises TableMissing, NetlinkError, OSError.
+
+    The endpoints are by far the largest maps, and a dump of one takes the kernel more than linear time. But frontends
+    tell which pools there are, and of what size: where a map has exactly as many elements as they make, each is asked
+    for by its key, and if all are there, there are no others. Else (somebody meddled, a run died half-way, the kernel
+    does not tell how many) the map is dumped.
+    """
     image = Image()
     for spec in WANTED:
         image.elements[spec] = _values(spec, netlink.dump(spec))
+    facts = netlink.sets()
     for family, specs in FAMILY.items():
-        _read_pools(image, family, netlink.dump(specs.endpoints))
+        keys = _slots(image, family)
+        told = facts[specs.endpoints.name].elements if specs.endpoints.name in facts else None
+        found = netlink.get(specs.endpoints, keys) if told == len(keys) else None
+        _read_pools(image, family, netlink.dump(specs.endpoints) if found is None else found)
     for key, value in image.elements[TENANTS].items():
         image.zones[value.decode()] = int.from_bytes(key, ORDER)
     _sort(image)
@@ -83,6 +93,22 @@ def _values(spec: MapSpec, found: Elements) -> Values:
     if spec in COMMENTED:
         values = [value + comment.encode() for value, comment in zip(values, found.comments, strict=True)]
     return dict(zip(keys, values, strict=True))
+
+
+def _slots(image: Image, family: int) -> Matrix:
+    """The keys of all slots of the pools that a family's frontends lead to, u1[n, 8]."""
+    values: set[bytes] = set()
+    for (_, of), specs in PORT.items():
+        if of == family:
+            for spec in (specs.frontends, specs.public, specs.public_outside, specs.nodeports, specs.nodeports_outside):
+                values.update(value[:4] for value in image.elements[spec].values())
+    told = np.frombuffer(b"".join(values), np.uint32)
+    told = np.sort(told[told >= NUMBERS])
+    counts = np.array(SIZES)[told >> NUMBER_BITS]
+    keys = np.empty((int(counts.sum()), 2), np.uint32)
+    keys[:, 0] = np.repeat(told & NUMBER_MASK, counts)
+    keys[:, 1] = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return keys.view(np.uint8)
 
 
 def _read_pools(image: Image, family: int, found: Elements) -> None:

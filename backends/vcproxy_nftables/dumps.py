@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vcproxy_nftables import wire
 from vcproxy_nftables.elements import (
     COMMENT,
     DATA_VALUE,
@@ -43,6 +44,7 @@ from vcproxy_nftables.wire import ATTRIBUTE, Reply, attributes, pad
 
 _WORDS = {code: word for word, code in VERDICTS.items()}
 _NUMBERS = (ELEM_FLAGS, ELEM_TIMEOUT, ELEM_EXPIRATION)
+_LIST_OCTETS = 60_000
 
 
 class _Shape(NamedTuple):
@@ -94,6 +96,31 @@ def _lists(replies: Iterable[Reply]) -> Iterable[Matrix]:
         for kind, start, end in attributes(reply.data, reply.start, reply.end):
             if kind == LIST_ELEMENTS and end > start:
                 yield np.frombuffer(reply.data, np.uint8, end - start, start)
+
+
+def datagrams(received: Sequence[bytes]) -> list[Reply]:
+    """Datagrams of one message each as replies; those of one length as one reply, whose lists follow each other.
+
+    So what was asked for key by key is cut into columns as a dump is. Raises ValueError for what is no element list.
+    """
+    by_length: dict[int, list[bytes]] = {}
+    for each in received:
+        by_length.setdefault(len(each), []).append(each)
+    replies = []
+    for length, group in by_length.items():
+        at = wire.PREAMBLE
+        places = {kind: (start, end) for kind, start, end in attributes(group[0], at, length)}
+        if LIST_ELEMENTS not in places:
+            raise ValueError(f"a message of {length} octets is no list of elements")
+        start, end = places[LIST_ELEMENTS]
+        octets = np.frombuffer(b"".join(group), np.uint8).reshape(-1, length)
+        lists = np.ascontiguousarray(octets[:, start:end]).tobytes()
+        # One attribute cannot hold them all: its length has 16 bits. So they are cut again, at whole elements.
+        step = max(1, _LIST_OCTETS // (end - start)) * (end - start)
+        for first in range(0, len(lists), step):
+            data = wire.attribute(LIST_ELEMENTS, lists[first : first + step])
+            replies.append(Reply(0, data, 0, len(data)))
+    return replies
 
 
 def _length(octets: Matrix, at: int) -> int:

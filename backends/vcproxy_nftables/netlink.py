@@ -36,7 +36,7 @@ from typing import NamedTuple, NoReturn
 
 from vcproxy_nftables import dumps, wire
 from vcproxy_nftables.batch import NFPROTO_INET, NO_OPERATION, SUBSYSTEM, TABLE, Batch
-from vcproxy_nftables.elements import LIST_SET, LIST_TABLE, Elements, MapSpec, Ranges
+from vcproxy_nftables.elements import LIST_ELEMENTS, LIST_SET, LIST_TABLE, Elements, MapSpec, Matrix, Ranges, records
 from vcproxy_nftables.monitor import SUSPEND_FROM, Changes, Monitor
 from vcproxy_nftables.wire import (
     DUMP_ATTEMPTS,
@@ -71,9 +71,10 @@ _GETSETELEM = SUBSYSTEM << 8 | 13
 _GETGEN = SUBSYSTEM << 8 | 16
 _TABLE_NAME = 1
 _GEN_ID = 1
-_SET_NAME, _SET_FLAGS, _SET_KEY_LEN, _SET_DATA_LEN = 2, 3, 5, 7
+_SET_NAME, _SET_FLAGS, _SET_KEY_LEN, _SET_DATA_LEN, _SET_COUNT = 2, 3, 5, 7, 20
 _ERESTART = 85  # never leaves the kernel but through nfnetlink
 _ANSWER_ATTEMPTS = 5
+_ASKED_AT_ONCE = 500  # each answer takes 4 KiB of the receive buffer until it is read
 
 _CURES = {
     errno.EBUSY: "the element is there with other data: dump and diff",
@@ -87,11 +88,15 @@ _CURES = {
 
 
 class SetFacts(NamedTuple):
-    """A set or map as the kernel has it: lengths in octets, flags NFT_SET_* of linux/netfilter/nf_tables.h."""
+    """A set or map as the kernel has it: lengths in octets, flags NFT_SET_* of linux/netfilter/nf_tables.h.
+
+    `elements`: how many there are; None where the kernel does not tell (before NFTA_SET_COUNT).
+    """
 
     key_octets: int
     data_octets: int
     flags: int
+    elements: int | None
 
 
 class Nfnetlink:
@@ -235,6 +240,34 @@ class Nfnetlink:
             name=spec.name,
         )
 
+    def get(self, spec: MapSpec, keys: Matrix) -> Elements | None:
+        """The elements of a map with these keys u1[n, key_octets]; None if one of them, or the map, is not there.
+
+        A lookup in the kernel each, 2.5 us with its reading here, however large the map. Of one generation, as `dump`.
+        Raises TableMissing, NetlinkError, OSError, and DumpInterrupted if others commit all the time.
+        """
+        lead = wire.text(LIST_TABLE, self.table) + wire.text(LIST_SET, spec.name)
+        asked = records(spec, keys)
+        with self._lock:
+            for _ in range(DUMP_ATTEMPTS):
+                before, received = self._settled(), list[bytes]()
+                for at in range(0, len(asked), _ASKED_AT_ONCE):
+                    part = asked[at : at + _ASKED_AT_ONCE].tobytes()
+                    payload = lead + wire.attribute(LIST_ELEMENTS | wire.NESTED, part)
+                    found, verdict = self._questions.collect(kind=_GETSETELEM, family=self.family, payload=payload)
+                    if verdict.error == errno.ENOENT and self.exists():
+                        return None
+                    self._check(verdict, spec.name)
+                    received += found
+                if self._settled() == before:
+                    return dumps.decode(spec, dumps.datagrams(received))
+        raise DumpInterrupted(
+            f"table {self.table}: the ruleset changed during each of {DUMP_ATTEMPTS} attempts to read elements of "
+            f"{spec.name}: try again later",
+            errno=errno.EINTR,
+            name=spec.name,
+        )
+
     def _settled(self) -> int:
         """The generation behind all transactions that are under way."""
         self._commits.transact(NO_OPERATION)
@@ -262,14 +295,15 @@ class Nfnetlink:
         self._check(verdict, "its sets")
         found: dict[str, SetFacts] = {}
         for reply in replies:
-            numbers = {_SET_FLAGS: 0, _SET_KEY_LEN: 0, _SET_DATA_LEN: 0}
+            numbers: dict[int, int] = {}
             name = ""
             for kind, start, end in wire.attributes(reply.data, reply.start, reply.end):
                 if kind == _SET_NAME:
                     name = reply.data[start : end - 1].decode()
-                elif kind in numbers:
+                elif kind in (_SET_FLAGS, _SET_KEY_LEN, _SET_DATA_LEN, _SET_COUNT):
                     (numbers[kind],) = struct.unpack_from(">I", reply.data, start)
-            found[name] = SetFacts(numbers[_SET_KEY_LEN], numbers[_SET_DATA_LEN], numbers[_SET_FLAGS])
+            octets, flags = (numbers.get(_SET_KEY_LEN, 0), numbers.get(_SET_DATA_LEN, 0)), numbers.get(_SET_FLAGS, 0)
+            found[name] = SetFacts(*octets, flags, numbers.get(_SET_COUNT))
         return found
 
     def generation(self) -> int:

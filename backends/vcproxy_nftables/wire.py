@@ -269,6 +269,31 @@ class Channel:
                     else:
                         replies.append(Reply(reply_kind, received, start + GENERIC.size, end))
 
+    def collect(self, *, kind: int, family: int, payload: bytes) -> tuple[list[bytes], Answer]:
+        """One request that is answered by one datagram for each thing asked for: these, as they came, and the kernel's
+        verdict. Raises OSError, ENOBUFS if answers were lost.
+
+        Nothing is parsed here but the verdict: there may be hundreds, and their reader does it for all at once.
+        """
+        with self._lock:
+            self._sequence += 1
+            self._send(message(kind=kind, flags=NLM_F_ACK, sequence=self._sequence, family=family, payload=payload))
+            received: list[bytes] = []
+            receive = self._socket.recv
+            try:
+                while True:
+                    received.append(receive(_RECEIVE, socket.MSG_DONTWAIT))
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._drain()
+                raise
+            last = received.pop() if received else b""
+            for reply_kind, flags, sequence, _, start, end in messages(last):
+                if reply_kind == NLMSG_ERROR and sequence == self._sequence:
+                    return received, answer(last, flags, sequence, start, end)
+        return [], Answer(self._sequence, errno.EPROTO, -1, "the kernel did not answer")
+
     def dump(self, *, kind: int, family: int, payload: bytes = b"") -> tuple[list[Reply], Answer]:
         """All messages of a dump not marked as torn, and the kernel's verdict. Raises OSError, DumpInterrupted."""
         with self._lock:

@@ -9,6 +9,7 @@ import numpy as np
 
 from vcproxy_nftables.changes import Changes
 from vcproxy_nftables.elements import Elements, MapSpec, Matrix
+from vcproxy_nftables.netlink import SetFacts
 
 
 def _rows(octets: Matrix | bytes, width: int) -> list[bytes]:
@@ -75,6 +76,21 @@ class FakeTable:
                     assert key in held, f"ENOENT: {spec.name} {key.hex()}"
                     del held[key]
         return batches  # type: ignore[return-value]
+
+    def sets(self) -> dict[str, SetFacts]:
+        """As Nfnetlink.sets."""
+        return {
+            spec.name: SetFacts(spec.key_octets, spec.data_octets, 0, len(held)) for spec, held in self.maps.items()
+        }
+
+    def get(self, spec: MapSpec, keys: Matrix) -> Elements | None:
+        """As Nfnetlink.get."""
+        held, wanted = self.maps.get(spec, {}), _rows(keys, spec.key_octets)
+        if any(key not in held for key in wanted):
+            return None
+        asked = FakeTable()
+        asked.maps[spec] = {key: held[key] for key in wanted}
+        return asked.dump(spec)
 
     def dump(self, spec: MapSpec) -> Elements:
         """As Nfnetlink.dump."""

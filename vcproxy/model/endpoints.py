@@ -83,10 +83,10 @@ def pack(endpoints: Iterable[Endpoint]) -> tuple[bytes, bytes, tuple[HintSet, ..
 
     The result is canonical: equal sets of endpoints give equal bytes.
 
-    Duplicates become one record: the same endpoint in several slices while it is moved, or two pods, when a network uses
-    the address of a pod again that still terminates. Then the living one counts (kube-proxy's addEndpoints). So the best
-    flags win: not terminating, then ready, then serving; then the greatest node id and the greatest hints, so that the
-    result does not depend on order.
+    Duplicates become one record: the same endpoint in several slices while it is moved, or two pods, when a network
+    uses the address of a pod again that still terminates. Then the living one counts (kube-proxy's addEndpoints). So
+    the best flags win: not terminating, then ready, then serving; then the greatest node id and the greatest hints, so
+    that the result does not depend on order.
     """
     best: dict[tuple[bytes, int], Endpoint] = {}
     for endpoint in endpoints:

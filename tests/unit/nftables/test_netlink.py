@@ -77,6 +77,40 @@ def test_100000_elements_are_read_back_as_written(kernel: Nfnetlink) -> None:
     assert len(kernel.dump(ENDPOINTS).keys) == 0
 
 
+@pytest.mark.parametrize("count", [1, 499, 500, 501, 20_000])
+def test_elements_are_found_by_their_keys(count: int, kernel: Nfnetlink) -> None:
+    keys, data = numbered(20_000)
+    batch = kernel.batch()
+    batch.add(ENDPOINTS, keys, data)
+    kernel.commit(batch)
+    asked = np.random.default_rng(1).permutation(len(keys))[:count]
+    found = kernel.get(ENDPOINTS, keys[asked])
+    assert found is not None
+    assert (found.keys == keys[asked]).all()
+    assert (found.data == data[asked]).all()
+    none = kernel.get(ENDPOINTS, keys[:0])
+    assert none is not None
+    assert len(none.keys) == 0
+
+
+@pytest.mark.parametrize("missing", [0, 499, 500, 999])
+def test_a_key_that_is_not_there_is_told(missing: int, kernel: Nfnetlink) -> None:
+    keys, data = numbered(1000)
+    batch = kernel.batch()
+    batch.add(ENDPOINTS, np.delete(keys, missing, 0), np.delete(data, missing, 0))
+    kernel.commit(batch)
+    assert kernel.get(ENDPOINTS, keys) is None
+    assert kernel.get(ENDPOINTS, np.delete(keys, missing, 0)) is not None  # nothing of the first answer is left
+
+
+def test_asking_for_keys_of_a_missing_table_is_an_error(table: Nft, kernel: Nfnetlink) -> None:
+    keys, _ = numbered(1)
+    assert kernel.get(ABSENT, keys[:, :4]) is None
+    table("delete table inet vcproxy")
+    with pytest.raises(TableMissing):
+        kernel.get(ENDPOINTS, keys)
+
+
 def test_nothing_is_done_for_an_empty_batch(kernel: Nfnetlink) -> None:
     before = kernel.generation()
     kernel.commit(kernel.batch())
@@ -91,9 +125,13 @@ def test_each_transaction_makes_one_generation(kernel: Nfnetlink) -> None:
 
 def test_sets_are_told_with_the_lengths_the_kernel_uses(kernel: Nfnetlink) -> None:
     sets = kernel.sets()
-    assert sets["endpoints"] == SetFacts(8, 8, 0x8)
+    assert sets["endpoints"][:3] == (8, 8, 0x8)
     assert sets["nodeports"][:2] == (2, 4)
-    assert sets["pools"] == SetFacts(4, 0, 0)
+    assert sets["pools"][:3] == (4, 0, 0)
+    told = sets["pools"].elements
+    assert told in (0, None)  # None: a kernel before NFTA_SET_COUNT
+    kernel.commit(one(kernel))
+    assert kernel.sets()["pools"] == SetFacts(4, 0, 0, None if told is None else 1)
     assert {"frontends", "affinity", "balance", "ranges"} <= sets.keys()
 
 
