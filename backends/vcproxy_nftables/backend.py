@@ -100,7 +100,8 @@ class NftablesBackend:
         """Make these the node's facts."""
         plan = Plan()
         node.replace(plan.changes, self._fixed, node.node_elements(state))
-        self._planner.set_node_addresses(plan, frozenset(state.node_addresses))
+        self._planner.accepting = frozenset(state.node_addresses)
+        self._planner.set_node_addresses(plan, frozenset(state.own_addresses))
         self._execute(plan)
 
     def attach(self, attachments: Attachments) -> None:

@@ -47,6 +47,8 @@ class Planner:
         self.tenants: dict[str, Tenant] = {}
         self.numbers = {4: Numbers(0, NUMBERS - 1), 6: Numbers(0, NUMBERS - 1)}
         self.node_addresses: frozenset[bytes] = frozenset()
+        self.accepting: frozenset[bytes] = frozenset()
+        """Where NodePorts are accepted."""
         self.promised: dict[Claim, str] = {}
         """Public frontends that tenants hold in an adopted table, by uid, until these tenants have been told about."""
         self._claims: dict[Claim, Port] = {}
@@ -115,7 +117,7 @@ class Planner:
                 self._change(plan, port, port.forwarded)
 
     def set_node_addresses(self, plan: Plan, addresses: frozenset[bytes]) -> None:
-        """Make these the node's addresses, of which firewalls of load balancers must know."""
+        """Make these the node's own addresses, of which firewalls of load balancers must know."""
         walled = [
             (port, first_of_each(elements(port, self.node_addresses)))
             for tenant in self.tenants.values()
@@ -338,7 +340,7 @@ class Planner:
         flows = plan.flows.setdefault(Plan.PUBLIC if is_public(frontend) else tenant.zone, Flows())
         addresses: Iterable[bytes] = (frontend.address,)
         if frontend.kind is FrontendKind.NODE_PORT:
-            addresses = (node for node in self.node_addresses if len(node) == len(frontend.address))
+            addresses = (node for node in self.accepting if len(node) == len(frontend.address))
         for address in addresses:
             flows.note((address, frontend.port), serving)
 

@@ -75,11 +75,13 @@ class NodeState(msgspec.Struct, frozen=True):
     `node_addresses`: where NodePorts are accepted (4 or 16 octets each). `local_sources`: pod ranges of the super
     cluster whose traffic to ClusterIPs is not masqueraded; None: no detector, never masquerade by locality (an empty
     tuple means that no source is local). `masquerade_all`: every connection to a ClusterIP is masqueraded.
+    `own_addresses`: the node's own, wherever NodePorts are accepted.
     """
 
     node_addresses: tuple[bytes, ...] = ()
     local_sources: tuple[Prefix, ...] | None = None
     masquerade_all: bool = False
+    own_addresses: tuple[bytes, ...] = ()
 
 
 class Drift(msgspec.Struct, frozen=True):

@@ -57,6 +57,7 @@ def node_state(rules: NodeRules, facts: NodeFacts, local_addresses: Collection[b
         node_addresses=tuple(sorted(address for address in accepted if not ipaddress.ip_address(address).is_loopback)),
         local_sources=ranges or None,
         masquerade_all=rules.masquerade_all,
+        own_addresses=facts.addresses,
     )
 
 

@@ -408,7 +408,7 @@ def test_udp_flows_that_must_be_looked_at(
 
 def test_udp_node_ports_are_looked_at_on_each_node_address() -> None:
     world = World()
-    world.planner.set_node_addresses(world.plan, frozenset({parse_address("192.0.2.1"), parse_address("fd00::1")}))
+    world.planner.accepting = frozenset({parse_address("192.0.2.1"), parse_address("fd00::1")})
     world.put("super", dns(1, frontend=node_port(30053)))
     assert set(world.last.flows[Plan.PUBLIC]) == {(parse_address("192.0.2.1"), 30053)}
 

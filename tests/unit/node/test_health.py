@@ -141,7 +141,9 @@ KERNEL = [parse_address(text) for text in ("192.168.0.2", "192.168.1.2", "10.9.0
 )
 def test_node_port_addresses(accepted: tuple[str, ...], addresses: list[str]) -> None:
     rules = node_rules(NodeConfiguration(node_port_addresses=accepted))
-    assert node_state(rules, NODE_FACTS, KERNEL).node_addresses == tuple(map(parse_address, addresses))
+    state = node_state(rules, NODE_FACTS, KERNEL)
+    assert state.node_addresses == tuple(map(parse_address, addresses))
+    assert state.own_addresses == NODE_FACTS.addresses
 
 
 @pytest.mark.parametrize(
