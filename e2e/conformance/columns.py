@@ -9,7 +9,8 @@ In the tenants' columns a second tenant has the same ClusterIPs (and on the over
 expectations: whoever is answered in one is refused in the other, and the other way round. Both are tried together.
 
 All objects of a configuration are there at once, each scenario's in a namespace of its own. When a step's objects are
-written, a canary Service follows; reads are in order, so once it answers in both families all the rest is in the kernel.
+written, a canary Service follows, and the last step's goes; reads are in order, so once the new one answers in both
+families and the old one does not any more, all the rest is in the kernel.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from tests.conformance.model import (
     Configuration,
     Scenario,
 )
-from tests.conformance.objects import PUBLIC_CIDRS, SERVICE_CIDRS, Cast, Object, Plan, objects
+from tests.conformance.objects import PUBLIC_CIDRS, SERVICE_CIDRS, Cast, Object, Plan, dialled, objects
 from vcproxy.lab import Lab, Reply, netns, tcp_request
 from vcproxy.lab.cluster import Cluster, endpoint_slice, service
 
@@ -121,14 +122,13 @@ def _ground(lab: Lab, run: Run) -> Ground:
         else:
             ground.add_flat(tenant)
     cast = ground.casts[TENANTS[run.column][0]]
-    ports = {
-        run.plan.node_port(case.scenario, target.service, target.port)
-        for case in run.cases
-        for target in case.flow.targets
-        if target.kind == "Secondary"
-    }
-    if run.column != OVERLAY:  # whose routes know only the first ones
-        ground.second_addresses(cast, sorted(ports))
+    if run.column != OVERLAY:  # whose routes know the node's first addresses only, and where nobody dials the node
+        ground.second_addresses(cast)
+        own = ("NodePort", "Secondary", "Node")
+        dials = [
+            one for case in run.cases if case.flow.target_kinds & set(own) for one in dialled(run.plan, cast, case)
+        ]
+        ground.listen_behind(sorted({port for _, port, _ in dials}))
     held = [
         run.plan.public(scenario, one.name, "LoadBalancer", number, ip)
         for scenario in run.scenarios
@@ -158,13 +158,16 @@ def _canaries(cast: Cast, number: int) -> list[Object]:
 
 
 def _await_canary(ground: Ground, tenants: Sequence[str], number: int, proxy: _Proxy) -> None:
-    def sings() -> bool:
-        proxy.check()
-        return all(
-            isinstance(tcp_request(ground.place(tenant, "client"), canary(number, ip), 80, timeout=0.2), Reply)
+    def answers(turn: int) -> set[bool]:
+        return {
+            isinstance(tcp_request(ground.place(tenant, "client"), canary(turn, ip), 80, timeout=0.2), Reply)
             for tenant in tenants
             for ip in (4, 6)
-        )
+        }
+
+    def sings() -> bool:
+        proxy.check()
+        return answers(number) == {True} and (number == 0 or answers(number - 1) == {False})
 
     try:
         eventually(sings, within=CONVERGED_WITHIN, what=f"the canary of step {number}")
@@ -195,7 +198,7 @@ class _ApiProxy(_Proxy):
         self._held: dict[tuple[str, str, str], Object] = {}
 
     def publish(self, number: int) -> None:
-        """Write what differs from the last step, Services last gone first, and the canary when all is written."""
+        """Write what differs from the last step, and when all is written the canary."""
         wanted = {_key(item): item for item in self._run.objects(self._cast, number)}
         gone = [key for key in self._held if key not in wanted]
         for kind, namespace, name in gone:
@@ -204,19 +207,21 @@ class _ApiProxy(_Proxy):
         self._client.create_all(_without_status(item) for item in new)
         for key, item in wanted.items():
             if key in self._held and _without_status(self._held[key]) != _without_status(item):
-                self._update(item)
+                self._update(_without_status(item))
             if _ingress(item) != _ingress(self._held.get(key, {})):
                 self._client.patch_status("Service", key[2], {"loadBalancer": {"ingress": _ingress(item)}}, key[1])
         self._held = wanted
         for item in _canaries(self._cast, number):
             self._client.create(item)
+        if number:
+            for kind, namespace, name in map(_key, _canaries(self._cast, number - 1)):
+                self._client.delete(kind, name, namespace)
 
     def _update(self, item: Object) -> None:
+        """Replace an object, of a Service all but what the server wrote, so that nothing of the last step stays."""
         kind, namespace, name = _key(item)
-        if kind == "Service":
-            self._client.patch(kind, name, {"spec": item["spec"]}, namespace)
-        else:
-            self._client.update(item)
+        version = self._client.get(kind, name, namespace).resource_version
+        self._client.update(item | {"metadata": item["metadata"] | {"resourceVersion": version}})
 
     def check(self) -> None:
         self._process.check()
@@ -303,10 +308,7 @@ class _TenantProxy(_Proxy):
         self._run, self._ground, self._cluster = run, ground, cluster
 
     def publish(self, number: int) -> None:
-        canaries: dict[str, list[Object]] = {
-            tenant: [item for turn in range(number + 1) for item in _canaries(self._ground.casts[tenant], turn)]
-            for tenant in (TENANT, OTHER)
-        }
+        canaries = {tenant: _canaries(self._ground.casts[tenant], number) for tenant in (TENANT, OTHER)}
         first = [case for case in self._run.cases if case.step == 0]
         other = opposite_objects(self._run.plan, self._ground.casts[OTHER], first)
         self._write(OTHER, [*other, *canaries[OTHER]])

@@ -2,8 +2,9 @@
 
 One node's proxy is tested. So everybody, the other node and its pods too, sends Service addresses to this node, and
 what the other node's pods answer to the outside goes back through it: a connection whose source is kept is translated
-back there. What nobody forwards ends at the fabric's router, which says "unreachable": that is how a packet that the
-proxy leaves alone is told from one that it drops.
+back there. Public addresses that no proxy forwards go on to a machine `beyond`, which answers "host unreachable": that
+is how a packet that a proxy leaves alone is told from one that it drops. (The fabric's router would say that too, but
+Linux rations the errors of `unreachable` routes for the whole machine, net.ipv4.route.error_cost.)
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from tests.conformance.model import FAMILIES, NODE, PODS
 from tests.conformance.objects import PUBLIC_CIDRS, SERVICE_CIDRS, Cast, cast_of
-from vcproxy.lab import Client, Lab, Node, Pod, Tenant
+from vcproxy.lab import Client, Lab, Node, Pod, Tenant, netns, wiring
 from vcproxy.lab.dial import Place
 from vcproxy.lab.iproute import ip
 
@@ -40,15 +41,34 @@ class Ground:
         for client in self.outside.values():
             lab.route(self.nodes["there"], f"{client.ip4}/32", via=self.here)
             lab.route(self.nodes["there"], f"{client.ip6}/128", via=self.here)
+        self._end(lab.client("beyond", "192.168.77.202", "fd77::202"))
         lab.serve(self.here, tcp=TARGETS, udp=TARGETS)
 
-    def second_addresses(self, cast: Cast, node_ports: Sequence[int]) -> None:
-        """Give this node its second addresses, and a server of its own on them at these ports."""
-        addresses = list(cast.secondary.values())
-        lines = [f"address add {address}/{24 if '.' in address else 64} dev eth0 nodad" for address in addresses]
-        ip([line.replace(" nodad", "") if "." in line else line for line in lines], ns=self.here.ns)
-        if node_ports:
-            self.lab.serve(self.here, tcp=node_ports, udp=node_ports, addresses=addresses)
+    def _end(self, beyond: Client) -> None:
+        netns.sysctl(beyond.ns, wiring.ROUTER_SYSCTLS)
+        for prefix in PUBLIC_CIDRS:
+            self.lab.route(self.here, prefix, via=beyond)
+        rules = "".join(
+            f"add rule inet end pre {'ip6' if ':' in prefix else 'ip'} daddr {prefix} reject with {answer}\n"
+            for prefix, answer in zip(
+                PUBLIC_CIDRS, ("icmp type host-unreachable", "icmpv6 type addr-unreachable"), strict=True
+            )
+        )
+        hook = "type filter hook prerouting priority raw; policy accept;"
+        netns.run(
+            beyond.ns, ["nft", "-f", "-"], stdin=f"add table inet end\nadd chain inet end pre {{ {hook} }}\n{rules}"
+        )
+
+    def second_addresses(self, cast: Cast) -> None:
+        """Give this node its second addresses."""
+        # Deprecated (RFC 4862): the node's own connections do not come from it; IPv4 has that order anyway.
+        second = {4: "/24 dev eth0", 6: "/64 dev eth0 nodad preferred_lft 0"}
+        ip([f"address add {one}{second[family]}" for family, one in cast.secondary.items()], ns=self.here.ns)
+        self._own = (self.here.ip4, self.here.ip6, *cast.secondary.values())
+
+    def listen_behind(self, ports: Sequence[int]) -> None:
+        """Answer on all of the node's addresses at these ports, which only packets reach that no proxy has touched."""
+        self.lab.serve(self.here, tcp=ports, udp=ports, addresses=self._own)
 
     def hold(self, addresses: Sequence[str]) -> None:
         """Put load-balancer addresses on the loopback device, as load balancers on the node do. With scope host: the

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from tests.conformance.model import REJECT, Case, Target, Verdict, to
+from tests.conformance.model import CONFIGURATIONS, REJECT, Case, Target, Verdict, to
 from tests.conformance.objects import Cast, Object, Plan, dialled
 from vcproxy.lab.cluster import endpoint_slice, service
 
 NAMESPACE = "opposite"
-ANSWERING = to("local-2:8082")
+ANSWERING = "local-2:8082"
 
 
 def opposite_cases(cases: Sequence[Case]) -> list[Case]:
@@ -23,7 +23,8 @@ def opposite_cases(cases: Sequence[Case]) -> list[Case]:
     for case in cases:
         if not _virtual(case.flow.targets):
             continue
-        expect = ANSWERING if isinstance(case.expect, Verdict) else REJECT
+        answer = to(ANSWERING, masqueraded=CONFIGURATIONS[case.configuration].masquerade_all)
+        expect = answer if isinstance(case.expect, Verdict) else REJECT
         flow = dataclasses.replace(case.flow, client="client", target=case.flow.targets[0], expect=expect, otherwise={})
         found[case.id] = dataclasses.replace(case, flow=flow)
     return list(found.values())

@@ -50,6 +50,10 @@ class Strange:
         return self.text
 
 
+# UDP's flows outlive their sockets in connection tracking, so no two may have the same source port. Not those that
+# nodes and pods listen on, and not node ports.
+_SOURCE_PORTS = itertools.cycle((*range(10_000, 30_000), *range(33_000, 61_000)))
+
 Observation = Expectation | Strange
 Dialled = tuple[str, int, str]
 
@@ -116,8 +120,10 @@ class Prober:
 
     def _dial(self, target: Dialled, timeout: float) -> Hit | Verdict | Strange:
         address, port, protocol = target
-        request = tcp_request if protocol == "TCP" else udp_request
-        outcome = request(self._place, address, port, timeout=timeout)
+        if protocol == "TCP":
+            outcome = tcp_request(self._place, address, port, timeout=timeout)
+        else:
+            outcome = udp_request(self._place, address, port, timeout=timeout, source_port=next(_SOURCE_PORTS))
         if protocol == "UDP" and outcome == Unreachable("EPERM"):
             outcome = _denied(self._place, address, port, timeout)
         match outcome:

@@ -49,13 +49,14 @@ _VERDICTS = {Action.DROP: DROP, Action.REJECT: REJECT}
 
 @dataclass(frozen=True)
 class Packet:
-    """The first packet of a connection. `of_node`: its source is an address of the node."""
+    """The first packet of a connection. `of_node`: its source is an address of the node, which are `own`."""
 
     source: bytes
     destination: bytes
     port: int
     protocol: Protocol
     of_node: bool
+    own: frozenset[bytes] = frozenset()
 
 
 def compiled(held: Iterable[Object]) -> list[ServicePort]:
@@ -87,13 +88,14 @@ def interpret(plan: Plan, cast: Cast, configuration: Configuration, case: Case) 
     step = scenario.steps[case.step]
     table = resolve(compiled(objects(plan, cast, scenario, step)), NodeView.of(cast.nodes["here"], configuration.zone))
     state = state_of(configuration, cast)
+    own = frozenset(parse_address(cast.address(NODE, ip)) for ip in (4, 6))
     found = set()
     for (address, port, protocol), target in zip(dialled(plan, cast, case), case.flow.targets, strict=True):
         holds = any(service.held and service.name == target.service for service in step.services)
         loops = case.flow.client == NODE and holds and target.kind == "LoadBalancer"
         source = address if loops else cast.address(case.flow.client, case.ip)
         packet = Packet(
-            parse_address(source), parse_address(address), port, Protocol[protocol], case.flow.client == NODE
+            parse_address(source), parse_address(address), port, Protocol[protocol], case.flow.client == NODE, own
         )
         found.add(_named(cast, forward(table, state, packet)))
     outcome = found.pop()
@@ -150,7 +152,7 @@ def _walled(port: ForwardedPort, frontend: ForwardedFrontend, node: NodeState, p
         return False
     ranges = [prefix for prefix in port.source_ranges if len(prefix.address) == len(packet.source)]
     loops = packet.source == frontend.address and any(
-        prefix.covers(address) for prefix in ranges for address in node.node_addresses
+        prefix.covers(address) for prefix in ranges for address in node.own_addresses
     )
     return bool(ranges) and not loops and not any(prefix.covers(packet.source) for prefix in ranges)
 
@@ -174,7 +176,10 @@ def _chosen(
     for at in range(0, len(pool), octets + 2):
         address = pool[at : at + octets]
         hairpin = address == packet.source and address in own_addresses
-        targets.add((address, int.from_bytes(pool[at + octets : at + octets + 2], "big"), always or hairpin))
+        # What is delivered on the node itself never passes postrouting.
+        leaves = packet.of_node or address not in packet.own
+        number = int.from_bytes(pool[at + octets : at + octets + 2], "big")
+        targets.add((address, number, (always or hairpin) and leaves))
     return _Chosen(frozenset(targets), port.affinity_seconds > 0)
 
 

@@ -189,6 +189,9 @@ class Service:
     spec: Mapping[str, Any] = field(default_factory=dict)
 
 
+INTERPRETER, SUPER, OVERLAY, FLAT, KUBE_PROXY = COLUMNS = ("interpreter", "super", "overlay", "flat", "kube-proxy")
+
+
 # --- flows ------------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +200,7 @@ class Target:
     """What a client dials.
 
     `kind`: ClusterIP, ExternalIP, LoadBalancer (address `number` of several), NodePort (on this node's address),
-    Secondary (the node port on this node's second address), or Unallocated (an address that no Service has in the range
+    Secondary (the node port on this node's second address), Node (this node's address and that very port), or Unallocated (an address that no Service has in the range
     of ClusterIPs). `port`: the Service's port number that is meant. `protocol`: if another than the case's.
     """
 
@@ -232,17 +235,22 @@ UNALLOCATED = Target("Unallocated")
 @dataclass(frozen=True)
 class Flow:
     """A client dials a target (or several in turn), and this must happen. `otherwise`: what must happen under a
-    configuration that is named, instead.
+    configuration that is named, instead. `columns`: fewer than the scenario's, where one cannot tell.
     """
 
     client: str
     target: Target | tuple[Target, ...]
     expect: Expectation
     otherwise: Mapping[str, Expectation] = field(default_factory=dict)
+    columns: tuple[str, ...] = COLUMNS
 
     @property
     def targets(self) -> tuple[Target, ...]:
         return self.target if isinstance(self.target, tuple) else (self.target,)
+
+    @property
+    def target_kinds(self) -> set[str]:
+        return {target.kind for target in self.targets}
 
     @property
     def name(self) -> str:
@@ -259,9 +267,6 @@ class Step:
     services: tuple[Service, ...]
     flows: tuple[Flow, ...]
     after: str = ""
-
-
-INTERPRETER, SUPER, OVERLAY, FLAT, KUBE_PROXY = COLUMNS = ("interpreter", "super", "overlay", "flat", "kube-proxy")
 
 
 @dataclass(frozen=True)
@@ -330,7 +335,7 @@ class Case:
         """Whether the flow makes sense there. In a tenant's zone only its pods on this node dial ClusterIPs; its public
         addresses are there on the flat network only, for all but the node (whose zone is the super cluster's).
         """
-        if column not in self.scenario.columns:
+        if column not in self.scenario.columns or column not in self.flow.columns:
             return False
         if self.protocol not in PROTOCOLS:
             return column == INTERPRETER
@@ -338,9 +343,10 @@ class Case:
             return True
         if self.flow.client == NODE:
             return False
-        virtual = all(target.kind in ("ClusterIP", "Unallocated") for target in self.flow.targets)
+        virtual = self.flow.target_kinds & {"ClusterIP", "Unallocated"}
+        public = self.flow.target_kinds - {"ClusterIP", "Unallocated"}
         here = PODS.get(self.flow.client) == "here"
-        return here if virtual else column == FLAT
+        return (here or not virtual) and (column == FLAT or not public)
 
 
 def cases_of(scenario: Scenario) -> list[Case]:

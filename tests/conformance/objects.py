@@ -104,6 +104,8 @@ def dialled(plan: Plan, cast: Cast, case: Case) -> list[tuple[str, int, str]]:
             case "NodePort" | "Secondary":
                 address = cast.address(NODE, ip) if target.kind == "NodePort" else cast.secondary[ip]
                 port = plan.node_port(scenario, target.service, target.port)
+            case "Node":
+                address = cast.address(NODE, ip)
             case "Unallocated":
                 address = plan.unallocated(scenario, ip)
             case _:
