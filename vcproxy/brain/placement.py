@@ -56,7 +56,7 @@ class _OnNode:
         self.claimants: dict[bytes, dict[Hashable, str]] = {}
         self.counts: dict[str, int] = {}
         self.lingering: dict[str, float] = {}
-        self.facts = NodeFacts()
+        self.facts: NodeFacts | None = None
 
 
 class Placement:
@@ -72,6 +72,7 @@ class Placement:
         self._everywhere: frozenset[str] = frozenset()
         self._deadlines: list[tuple[float, str, str]] = []
         self._ready = False
+        self._demanded = False
         self._subscribers: dict[object, Callable[[str], None]] = {}
 
     # --- what nodes read ----------------------------------------------------------------------------------------------
@@ -95,9 +96,9 @@ class Placement:
         return self._everywhere.union(held.counts, held.lingering) if held else self._everywhere
 
     def facts(self, node: str) -> NodeFacts:
-        """The node's own facts; empty ones if nothing is known."""
+        """The node's own facts; empty ones without a Node object, and after `demand_nodes` then not eligible."""
         held = self._nodes.get(node)
-        return held.facts if held else NodeFacts()
+        return (held.facts if held else None) or NodeFacts(eligible=not self._demanded)
 
     def node_names(self) -> Mapping[int, str]:
         """Names of all nodes known, by the ids that packed endpoints carry."""
@@ -151,12 +152,18 @@ class Placement:
         """The object is gone; an unknown one is no error."""
         self.put(source, ())
 
-    def put_facts(self, node: str, facts: NodeFacts) -> None:
-        """Facts of a node are now these; empty ones when its Node object is gone."""
+    def put_facts(self, node: str, facts: NodeFacts | None) -> None:
+        """Facts of a node are now these; None when its Node object is gone."""
         held = self._nodes.setdefault(node, _OnNode())
         if held.facts != facts:
             held.facts = facts
             self._announce(node)
+
+    def demand_nodes(self) -> None:
+        """All Nodes there are have been told: a node without a Node object is gone, and load balancers are to know."""
+        if not self._demanded:
+            self._demanded = True
+            self._announce("")
 
     def set_scope(self, uid: str, scope: Scope) -> None:
         """Which nodes the tenant goes to; without being told, it is PLACED."""

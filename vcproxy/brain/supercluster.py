@@ -43,6 +43,7 @@ class SuperClusterFeed:
 
     def __init__(self, config: SuperCluster, *, store: Store, placement: Placement, listed: Callable[[], None]) -> None:
         self._config = config
+        self._placement = placement
         self._listed = listed
         self._whereabouts = Whereabouts(placement, origin=SUPER_UID)
         self._broken: dict[Kind, Broken] = {}
@@ -94,6 +95,7 @@ class SuperClusterFeed:
         complete = self.complete
         self._whereabouts.take(kind, event)
         if self.complete and not complete:
+            self._placement.demand_nodes()
             self._listed()
 
     async def _read_again(self) -> NoReturn:

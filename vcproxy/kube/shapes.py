@@ -275,10 +275,17 @@ class NodeAddress(Shape, frozen=True):
     address: str = ""
 
 
+class Taint(Shape, frozen=True):
+    """One taint of a Node."""
+
+    key: str = ""
+
+
 class NodeSpec(Shape, frozen=True):
     """spec of a Node."""
 
     pod_cidrs: tuple[str, ...] = ()
+    taints: tuple[Taint, ...] = ()
 
 
 class NodeStatus(Shape, frozen=True):

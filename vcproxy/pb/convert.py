@@ -281,7 +281,10 @@ def decode_address(address: bytes) -> bytes:
 def encode_facts(facts: NodeFacts) -> distribution_pb2.NodeFacts:
     """Facts of the node that watches."""
     return distribution_pb2.NodeFacts(
-        zone=facts.zone, addresses=facts.addresses, pod_ranges=encode_prefixes(facts.pod_ranges)
+        zone=facts.zone,
+        addresses=facts.addresses,
+        pod_ranges=encode_prefixes(facts.pod_ranges),
+        ineligible=not facts.eligible,
     )
 
 
@@ -293,4 +296,5 @@ def decode_facts(message: distribution_pb2.NodeFacts) -> NodeFacts:
         zone=message.zone,
         addresses=tuple([decode_address(address) for address in message.addresses]),
         pod_ranges=decode_prefixes(message.pod_ranges, lambda problem: MalformedModel("", None, problem)),
+        eligible=not message.ineligible,
     )

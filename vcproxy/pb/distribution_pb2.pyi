@@ -642,8 +642,11 @@ class NodeFacts(_message.Message):
     ZONE_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
     POD_RANGES_FIELD_NUMBER: _builtins.int
+    INELIGIBLE_FIELD_NUMBER: _builtins.int
     zone: _builtins.str
     """topology.kubernetes.io/zone"""
+    ineligible: _builtins.bool
+    """being deleted, or about to be: no load balancer should send here"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     @_builtins.property
@@ -654,10 +657,11 @@ class NodeFacts(_message.Message):
         zone: _builtins.str = ...,
         addresses: _abc.Iterable[_builtins.bytes] | None = ...,
         pod_ranges: _abc.Iterable[_model_pb2.Prefix] | None = ...,
+        ineligible: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "pod_ranges", b"pod_ranges", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "ineligible", b"ineligible", "pod_ranges", b"pod_ranges", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

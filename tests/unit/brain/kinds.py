@@ -75,15 +75,23 @@ def pod(
     )
 
 
-def node(name: str = "n1", *, zone: str = "", addresses: tuple[str, ...] = (), pod_cidrs: tuple[str, ...] = ()):
+def node(
+    name: str = "n1",
+    *,
+    zone: str = "",
+    addresses: tuple[str, ...] = (),
+    pod_cidrs: tuple[str, ...] = (),
+    deletion: str | None = None,
+    taints: tuple[str, ...] = (),
+):
     """A Node."""
     labels = {"topology.kubernetes.io/zone": zone} if zone else {}
     said = [{"type": "InternalIP", "address": address} for address in addresses]
     said.append({"type": "Hostname", "address": name})
     return msgspec.convert(
         {
-            "metadata": {"name": name, "labels": labels},
-            "spec": {"podCIDRs": list(pod_cidrs)},
+            "metadata": {"name": name, "labels": labels, "deletionTimestamp": deletion},
+            "spec": {"podCIDRs": list(pod_cidrs), "taints": [{"key": key, "effect": "NoSchedule"} for key in taints]},
             "status": {"addresses": said},
         },
         shapes.Node,

@@ -234,6 +234,34 @@ def test_facts_of_a_node() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("deletion", "taints", "eligible"),
+    [
+        (None, (), True),
+        (None, ("node.kubernetes.io/unschedulable", "DeletionCandidateOfClusterAutoscaler"), True),
+        (None, ("node.kubernetes.io/unschedulable", "ToBeDeletedByClusterAutoscaler"), False),
+        ("2026-01-01T00:00:00Z", (), False),
+    ],
+)
+def test_a_node_on_its_way_out_is_not_eligible(deletion: str | None, taints: tuple[str, ...], eligible: bool) -> None:
+    found = node("n1", deletion=deletion, taints=taints)
+    assert facts_of_node(found).eligible is eligible
+
+
+def test_a_node_without_a_node_object_is_eligible_until_all_nodes_are_known(placement: Placement) -> None:
+    seen: list[str] = []
+    placement.subscribe(seen.append)
+    assert placement.facts("n9").eligible, "without a super cluster there are no Nodes"
+    placement.demand_nodes()
+    assert seen == [""], "it concerns any node"
+    placement.put("pod", [Claim("n9", A, "t")])
+    assert not placement.facts("n9").eligible
+    placement.put_facts("n9", NodeFacts(zone="z"))
+    assert placement.facts("n9").eligible
+    placement.put_facts("n9", None)
+    assert placement.facts("n9") == NodeFacts(eligible=False)
+
+
 ACME = {"vcproxy.dev/tenant": "acme"}
 
 

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.unit.node.conftest import FACTS, NODE, service_port
@@ -16,6 +17,7 @@ from vcproxy.node.cache import Cache
 from vcproxy.node.holdings import Held, Holdings
 
 ACME = Tenant("acme", "Acme Corp", (parse_prefix("10.32.0.0/16"),))
+LEAVING = msgspec.structs.replace(FACTS, eligible=False)
 PORTS = [service_port(f"svc-{at}", "10.0.1.1", "fd00::1", vip=f"10.32.1.{at}") for at in range(5)]
 
 
@@ -29,7 +31,7 @@ def holdings() -> Holdings:
 async def written(directory: Path, holdings: Holdings) -> Path:
     cache = Cache(directory, node=NODE, holdings=holdings)
     cache.keep("acme")
-    cache.keep_node(FACTS, {parse_address("10.0.1.1"): "acme"})
+    cache.keep_node(LEAVING, {parse_address("10.0.1.1"): "acme"})
     await cache.flush()
     return directory / "acme.tenant"
 
@@ -41,7 +43,7 @@ async def test_what_was_kept_comes_back(tmp_path: Path, holdings: Holdings) -> N
     assert held.model.ports == holdings.tenants["acme"].model.ports
     assert (held.revision, held.brain, held.synced) == (12, "brain-1", True)
     assert held.model.digest == holdings.tenants["acme"].model.digest
-    assert facts == FACTS
+    assert facts == LEAVING
     assert placement == {parse_address("10.0.1.1"): "acme"}
 
 
@@ -89,7 +91,7 @@ async def test_a_damaged_file_is_ignored_and_replaced_by_the_next_good_one(
     path.write_bytes(damage(path.read_bytes()))
     remembered = Cache(tmp_path, node=NODE, holdings=Holdings()).load()
     assert remembered.tenants == []
-    assert remembered.facts == FACTS, "the other files are read"
+    assert remembered.facts == LEAVING, "the other files are read"
     await written(tmp_path, holdings)
     assert len(Cache(tmp_path, node=NODE, holdings=Holdings()).load().tenants) == 1
 

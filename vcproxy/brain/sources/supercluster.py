@@ -27,6 +27,7 @@ TENANT_LABEL = "vcproxy.dev/tenant"
 CLUSTER_LABEL = "tenancy.x-k8s.io/cluster"
 VC_NAME_LABEL = "tenancy.x-k8s.io/vcname"
 ZONE_LABEL = "topology.kubernetes.io/zone"
+TO_BE_DELETED_TAINT = "ToBeDeletedByClusterAutoscaler"
 _NODE_ADDRESSES = ("InternalIP", "ExternalIP")
 
 Key = tuple[str, str]
@@ -56,7 +57,9 @@ def facts_of_node(node: shapes.Node) -> NodeFacts:
             ranges.append(parse_prefix(text))
         except AddressError:
             continue
-    return NodeFacts(node.metadata.labels.get(ZONE_LABEL, ""), tuple(sorted(addresses)), tuple(ranges))
+    leaving = node.metadata.deletion_timestamp or any(taint.key == TO_BE_DELETED_TAINT for taint in node.spec.taints)
+    zone = node.metadata.labels.get(ZONE_LABEL, "")
+    return NodeFacts(zone, tuple(sorted(addresses)), tuple(ranges), eligible=not leaving)
 
 
 class Whereabouts:
@@ -123,4 +126,4 @@ class Whereabouts:
             self._placement.remove(("Pod", self._origin, *key))
         elif key in self._nodes:
             self._nodes.discard(key)
-            self._placement.put_facts(key[1], NodeFacts())
+            self._placement.put_facts(key[1], None)
