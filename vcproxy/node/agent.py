@@ -380,9 +380,14 @@ class Agent:
         return self._holdings
 
     @property
+    def facts(self) -> NodeFacts | None:
+        """What the brain told of this node; None: nothing yet."""
+        return self._duties.facts
+
+    @property
     def zone(self) -> str:
         """This node's zone, "" for none."""
-        return self._duties.facts.zone if self._duties.facts else ""
+        return self.facts.zone if self.facts else ""
 
     @property
     def attached(self) -> Attachments:

@@ -17,11 +17,16 @@ _COUNTERS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def health_of(agent: Agent, timeout: float = TIMEOUT) -> Health:
-    """The agent's health. One that still starts is healthy and not ready."""
-    progress = agent.progress
+    """The agent's health. One that still starts is healthy and not ready.
+
+    A node that has not been told whether it is eligible is not, as one whose Node kube-proxy has not seen: it has
+    nothing to forward yet.
+    """
+    progress, facts = agent.progress, agent.facts
     last_success = time.time() - progress.since_success
+    eligible = facts is not None and facts.eligible
     if not agent.started:
-        return Health({}, last_success, "the last good state to be programmed")
+        return Health({}, last_success, "the last good state to be programmed", eligible)
     behind = [
         uid
         for uid, held in agent.holdings.tenants.items()
@@ -32,7 +37,7 @@ def health_of(agent: Agent, timeout: float = TIMEOUT) -> Health:
         waiting_for = "the brain to name this node's tenants"
     elif behind:
         waiting_for = f"{len(behind)} tenants to be programmed for the first time"
-    return Health(progress.late(agent.waiting(), timeout), last_success, waiting_for)
+    return Health(progress.late(agent.waiting(), timeout), last_success, waiting_for, eligible)
 
 
 def status_of(agent: Agent) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class Progress:
         queued = [(name, task.queued_at) for name, task in waiting if not self._alone(name, task)]
         if self._calling is not None:
             queued.append(self._calling)
-        return {name: now - at for name, at in queued if now - at > timeout}
+        return {name: now - at for name, at in queued if now - at >= timeout}
 
     def _alone(self, uid: str, task: Task) -> bool:
         """True if the tenant fails while the backend serves others."""

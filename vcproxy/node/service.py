@@ -84,7 +84,11 @@ class NodeAgent:
                 _serving("healthAddress", config.health_address, health.handlers(lambda: health_of(self._agent)))
             )
             await stack.enter_async_context(
-                _serving("metricsAddress", config.metrics_address, {"/metrics": metrics.show})
+                _serving(
+                    "metricsAddress",
+                    config.metrics_address,
+                    {"/metrics": metrics.show, "/healthz": health.ping, "/healthz/ping": health.ping},
+                )
             )
             stack.push_async_callback(self._cache.flush)
             stack.push_async_callback(self._agent.close)

@@ -56,6 +56,8 @@ NETWORK_PROGRAMMING = Histogram(
     buckets=(0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30)),
     registry=REGISTRY,
 )
+HEALTHZ = Counter("kubeproxy_proxy_healthz", "Answers of /healthz by HTTP status", ["code"], registry=REGISTRY)
+LIVEZ = Counter("kubeproxy_proxy_livez", "Answers of /livez by HTTP status", ["code"], registry=REGISTRY)
 
 
 def value(name: str, labels: Mapping[str, str] | None = None) -> float:

@@ -35,9 +35,9 @@ async def test_a_node_without_queued_updates_is_healthy_however_long_nothing_hap
 async def test_an_update_that_nobody_takes_up_makes_the_node_unhealthy_after_the_timeout(make_rig: MakeRig) -> None:
     rig = await make_rig(facts=FACTS)
     rig.sync("acme", WEB)
-    rig.clock.now += 59
+    rig.clock.now += 59.9
     assert late(rig) == set()
-    rig.clock.now += 2
+    rig.clock.now += 0.1
     assert late(rig) == {"acme", "attach"}
     await rig.settle()
     assert late(rig) == set()
@@ -93,11 +93,11 @@ async def test_ready_once_every_tenant_is_programmed(make_rig: MakeRig) -> None:
 async def ask() -> AsyncIterator[Any]:
     state = Health({}, 0.0)
 
-    async def get(path: str, now: Health) -> tuple[int, dict[str, Any]]:
+    async def get(path: str, now: Health) -> tuple[int, Any, dict[str, Any]]:
         nonlocal state
         state = now
         async with session.get(f"http://{address}{path}") as answer:
-            return answer.status, await answer.json()
+            return answer.status, answer.headers, await answer.json()
 
     async with (
         metrics.serve("127.0.0.1:0", health.handlers(lambda: state)) as address,
@@ -106,21 +106,62 @@ async def ask() -> AsyncIterator[Any]:
         yield get
 
 
+LATE = {"acme": 61.04}
+
+
 @pytest.mark.parametrize(
-    ("now", "healthz", "readyz"),
+    ("now", "healthz", "livez", "readyz"),
     [
-        (Health({}, 5.0), 200, 200),
-        (Health({}, 5.0, "tenants"), 200, 503),
-        (Health({"acme": 61.04}, 5.0), 503, 503),
+        (Health({}, 5.0), 200, 200, 200),
+        (Health({}, 5.0, "tenants"), 200, 200, 503),
+        (Health({}, 5.0, eligible=False), 503, 200, 200),
+        (Health(LATE, 5.0), 503, 503, 503),
+        (Health(LATE, 5.0, eligible=False), 503, 503, 503),
     ],
 )
-async def test_status_codes(ask: Any, now: Health, healthz: int, readyz: int) -> None:
-    for path, wanted in (("/healthz", healthz), ("/livez", healthz), ("/readyz", readyz)):
-        status, body = await ask(path, now)
-        assert status == wanted
+async def test_kube_proxys_answers(ask: Any, now: Health, healthz: int, livez: int, readyz: int) -> None:
+    """The cases of kube-proxy's TestHealthzServer and TestLivezServer, with bodies."""
+    for path, wanted in (("/healthz", healthz), ("/livez", livez), ("/readyz", readyz)):
+        told = metrics.value(f"kubeproxy_proxy_{path[1:]}_total", {"code": str(wanted)})
+        status, headers, body = await ask(path, now)
+        assert status == wanted, path
+        assert headers["Content-Type"].startswith("application/json")
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert list(body)[:2] == ["lastUpdated", "currentTime"]
         assert body["healthy"] is (not now.late)
-        assert body["late"] == {name: round(seconds, 1) for name, seconds in now.late.items()}
-        assert (body["lastUpdated"] == body["currentTime"]) is (not now.late)
+        alone = {"lastUpdated": "1970-01-01T00:00:05Z", "healthy": not now.late}
+        assert body["status"] == {"IPv4": alone, "IPv6": alone}
+        if path == "/readyz":
+            assert body["late"] == {name: round(seconds, 1) for name, seconds in now.late.items()}
+            assert body["waitingFor"] == now.waiting_for
+            continue
+        fields = {"lastUpdated", "currentTime", "healthy", "status"}
+        assert body.keys() == fields | ({"nodeEligible"} if path == "/healthz" else set())
+        assert body.get("nodeEligible", now.eligible) is now.eligible
+        assert body["lastUpdated"] == (body["currentTime"] if wanted == 200 else "1970-01-01T00:00:05Z")
+        assert metrics.value(f"kubeproxy_proxy_{path[1:]}_total", {"code": str(wanted)}) == told + 1
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("/healthz", "ok"), ("/healthz?verbose", "[+]ping ok\nhealthz check passed\n"), ("/healthz/ping", "ok")],
+)
+async def test_the_metrics_port_says_only_that_the_process_answers(path: str, said: str) -> None:
+    routes = {"/healthz": health.ping, "/healthz/ping": health.ping}
+    async with (
+        metrics.serve("127.0.0.1:0", routes) as address,
+        aiohttp.ClientSession() as session,
+        session.get(f"http://{address}{path}") as answer,
+    ):
+        assert (answer.status, await answer.text()) == (200, said)
+
+
+@pytest.mark.parametrize(("facts", "eligible"), [(None, False), (FACTS, True), (NodeFacts(eligible=False), False)])
+async def test_eligible_is_a_node_that_is_told_so(make_rig: MakeRig, facts: NodeFacts | None, eligible: bool) -> None:
+    rig = await make_rig(facts=facts)
+    assert health_of(rig.agent).eligible is eligible
+    rig.facts(NodeFacts(eligible=not eligible))
+    assert health_of(rig.agent).eligible is not eligible
 
 
 NODE_FACTS = NodeFacts(
