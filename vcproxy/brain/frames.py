@@ -41,6 +41,7 @@ def frame(service: shapes.Service, policy: Policy, refusals: Refusals) -> tuple[
     public = sorted(_public(service, frozenset(cluster_ips), policy, refusals))
     ranges = _source_ranges(spec.load_balancer_source_ranges)
     affinity = _affinity(spec)
+    health_port = _health_check_node_port(spec, policy, refusals)
     ports: dict[PortKey, ServicePort] = {}
     for port in spec.ports:
         key = _port_key(service, port, refusals)
@@ -61,6 +62,7 @@ def frame(service: shapes.Service, policy: Policy, refusals: Refusals) -> tuple[
             external_local=spec.external_traffic_policy == "Local" and _externally_accessible(spec),
             affinity_seconds=affinity,
             source_ranges=ranges if balanced else (),
+            health_check_node_port=health_port,
         )
     return tuple(ports[key] for key in sorted(ports) if ports[key].frontends)
 
@@ -181,6 +183,20 @@ def _affinity(spec: shapes.ServiceSpec) -> int:
         field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds"
         raise Unusable(field, str(seconds), cure=f"use 1 to {LONGEST_AFFINITY_SECONDS}")
     return seconds
+
+
+def _health_check_node_port(spec: shapes.ServiceSpec, policy: Policy, refusals: Refusals) -> int:
+    """The port where a load balancer asks; 0: none (k8s.io/kubernetes pkg/api/v1/service NeedsHealthCheck).
+
+    It is a port on the shared nodes' own addresses as any node port is, and granted as one.
+    """
+    asked = spec.health_check_node_port
+    if not asked or spec.type != "LoadBalancer" or spec.external_traffic_policy != "Local":
+        return 0
+    if not policy.node_ports:
+        refusals.add("spec.healthCheckNodePort", Reason.NODE_PORT, str(asked))
+        return 0
+    return asked
 
 
 def _externally_accessible(spec: shapes.ServiceSpec) -> bool:

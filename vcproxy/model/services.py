@@ -64,6 +64,8 @@ class ServicePort(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     `internal_local`, `external_local`: the traffic policies are Local. `affinity_seconds`: 0 for none, else the
     ClientIP timeout. `source_ranges`: loadBalancerSourceRanges; they gate LOAD_BALANCER frontends only.
+    `health_check_node_port`: where each node tells a load balancer whether it has endpoints of the Service, 0: nowhere;
+    the same for all ports of a Service, and only with `external_local`.
     """
 
     key: PortKey
@@ -75,6 +77,12 @@ class ServicePort(msgspec.Struct, frozen=True, gc=False, array_like=True):
     hint_sets: tuple[HintSet, ...] = ()
     endpoints4: bytes = b""
     endpoints6: bytes = b""
+    health_check_node_port: int = 0
+
+    @property
+    def families(self) -> tuple[int, ...]:
+        """4, 6 or both: the families in which it can be dialled."""
+        return tuple(sorted({frontend.family for frontend in self.frontends}))
 
     def same_but_endpoints(self, other: "ServicePort") -> bool:
         """True if the two differ at most in endpoints: then a patch of endpoints tells the whole difference."""
@@ -86,4 +94,5 @@ class ServicePort(msgspec.Struct, frozen=True, gc=False, array_like=True):
             and self.affinity_seconds == other.affinity_seconds
             and self.source_ranges == other.source_ranges
             and self.hint_sets == other.hint_sets
+            and self.health_check_node_port == other.health_check_node_port
         )

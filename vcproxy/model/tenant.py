@@ -66,8 +66,15 @@ class ModelMismatch(Exception):
 
 
 def port_hash(port: ServicePort) -> int:
-    """256-bit hash of a service port's canonical form: blake2b of its MessagePack array encoding."""
-    return int.from_bytes(hashlib.blake2b(_encode(port), digest_size=DIGEST_OCTETS).digest(), "big")
+    """256-bit hash of a service port's canonical form: blake2b of its MessagePack array encoding.
+
+    `health_check_node_port` was not always there: where it is 0 the array ends before it, so that versions which do and
+    do not know it agree on all ports that do without.
+    """
+    form = _encode(port)
+    if not port.health_check_node_port:
+        form = bytes((form[0] - 1,)) + form[1:-1]
+    return int.from_bytes(hashlib.blake2b(form, digest_size=DIGEST_OCTETS).digest(), "big")
 
 
 class TenantModel:

@@ -26,6 +26,7 @@ def port_row(tenant: str, port: ServicePort) -> Row:
         "internalTrafficPolicy": "Local" if port.internal_local else "Cluster",
         "externalTrafficPolicy": "Local" if port.external_local else "Cluster",
         "affinitySeconds": port.affinity_seconds or None,
+        "healthCheckNodePort": port.health_check_node_port or None,
     }
 
 

@@ -77,6 +77,7 @@ def encode_port(port: ServicePort) -> model_pb2.ServicePort:
         hint_sets=[model_pb2.HintSet(zones=h.zones, nodes=h.nodes) for h in port.hint_sets],
         endpoints4=port.endpoints4,
         endpoints6=port.endpoints6,
+        health_check_node_port=port.health_check_node_port,
     )
 
 
@@ -89,6 +90,8 @@ def decode_port(tenant: str, message: model_pb2.ServicePort) -> ServicePort:
 
     if message.affinity_seconds > MAX_AFFINITY_SECONDS:
         raise refuse(f"affinity of {message.affinity_seconds} s is more than a day")
+    if message.health_check_node_port > (0xFFFF if message.external_local else 0):
+        raise refuse(f"health-check node port {message.health_check_node_port} is none, or without a Local policy")
     port = ServicePort(
         key=key,
         frontends=tuple([_frontend(f, refuse) for f in message.frontends]),
@@ -99,6 +102,7 @@ def decode_port(tenant: str, message: model_pb2.ServicePort) -> ServicePort:
         hint_sets=tuple([_hint_set(h, refuse) for h in message.hint_sets]),
         endpoints4=message.endpoints4,
         endpoints6=message.endpoints6,
+        health_check_node_port=message.health_check_node_port,
     )
     if not _ascending(port.frontends):
         raise refuse("frontends are not sorted or hold one twice")

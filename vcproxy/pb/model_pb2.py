@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16vcproxy/v1/model.proto\x12\nvcproxy.v1\"M\n\x07PortKey\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0c\n\x04port\x18\x03 \x01(\t\x12\x10\n\x08protocol\x18\x04 \x01(\r\"Q\n\x08\x46rontend\x12&\n\x04kind\x18\x01 \x01(\x0e\x32\x18.vcproxy.v1.FrontendKind\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0c\x12\x0c\n\x04port\x18\x03 \x01(\r\")\n\x06Prefix\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0c\x12\x0e\n\x06length\x18\x02 \x01(\r\"\'\n\x07HintSet\x12\r\n\x05zones\x18\x01 \x03(\x06\x12\r\n\x05nodes\x18\x02 \x03(\x06\"\x9d\x02\n\x0bServicePort\x12 \n\x03key\x18\x01 \x01(\x0b\x32\x13.vcproxy.v1.PortKey\x12\'\n\tfrontends\x18\x02 \x03(\x0b\x32\x14.vcproxy.v1.Frontend\x12\x16\n\x0einternal_local\x18\x03 \x01(\x08\x12\x16\n\x0e\x65xternal_local\x18\x04 \x01(\x08\x12\x18\n\x10\x61\x66\x66inity_seconds\x18\x05 \x01(\r\x12)\n\rsource_ranges\x18\x06 \x03(\x0b\x32\x12.vcproxy.v1.Prefix\x12&\n\thint_sets\x18\x07 \x03(\x0b\x32\x13.vcproxy.v1.HintSet\x12\x12\n\nendpoints4\x18\x08 \x01(\x0c\x12\x12\n\nendpoints6\x18\t \x01(\x0c\"6\n\x0cServicePorts\x12&\n\x05ports\x18\x01 \x03(\x0b\x32\x17.vcproxy.v1.ServicePort\"r\n\x0ePatchEndpoints\x12 \n\x03key\x18\x01 \x01(\x0b\x32\x13.vcproxy.v1.PortKey\x12\x0c\n\x04put4\x18\x02 \x01(\x0c\x12\x10\n\x08removed4\x18\x03 \x01(\x0c\x12\x0c\n\x04put6\x18\x04 \x01(\x0c\x12\x10\n\x08removed6\x18\x05 \x01(\x0c\"\x94\x01\n\tOperation\x12&\n\x03put\x18\x01 \x01(\x0b\x32\x17.vcproxy.v1.ServicePortH\x00\x12%\n\x06remove\x18\x02 \x01(\x0b\x32\x13.vcproxy.v1.PortKeyH\x00\x12+\n\x05patch\x18\x03 \x01(\x0b\x32\x1a.vcproxy.v1.PatchEndpointsH\x00\x42\x0b\n\toperation*p\n\x0c\x46rontendKind\x12\x1d\n\x19\x46RONTEND_KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nCLUSTER_IP\x10\x01\x12\x0f\n\x0b\x45XTERNAL_IP\x10\x02\x12\x11\n\rLOAD_BALANCER\x10\x03\x12\r\n\tNODE_PORT\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16vcproxy/v1/model.proto\x12\nvcproxy.v1\"M\n\x07PortKey\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0c\n\x04port\x18\x03 \x01(\t\x12\x10\n\x08protocol\x18\x04 \x01(\r\"Q\n\x08\x46rontend\x12&\n\x04kind\x18\x01 \x01(\x0e\x32\x18.vcproxy.v1.FrontendKind\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0c\x12\x0c\n\x04port\x18\x03 \x01(\r\")\n\x06Prefix\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0c\x12\x0e\n\x06length\x18\x02 \x01(\r\"\'\n\x07HintSet\x12\r\n\x05zones\x18\x01 \x03(\x06\x12\r\n\x05nodes\x18\x02 \x03(\x06\"\xbd\x02\n\x0bServicePort\x12 \n\x03key\x18\x01 \x01(\x0b\x32\x13.vcproxy.v1.PortKey\x12\'\n\tfrontends\x18\x02 \x03(\x0b\x32\x14.vcproxy.v1.Frontend\x12\x16\n\x0einternal_local\x18\x03 \x01(\x08\x12\x16\n\x0e\x65xternal_local\x18\x04 \x01(\x08\x12\x18\n\x10\x61\x66\x66inity_seconds\x18\x05 \x01(\r\x12)\n\rsource_ranges\x18\x06 \x03(\x0b\x32\x12.vcproxy.v1.Prefix\x12&\n\thint_sets\x18\x07 \x03(\x0b\x32\x13.vcproxy.v1.HintSet\x12\x12\n\nendpoints4\x18\x08 \x01(\x0c\x12\x12\n\nendpoints6\x18\t \x01(\x0c\x12\x1e\n\x16health_check_node_port\x18\n \x01(\r\"6\n\x0cServicePorts\x12&\n\x05ports\x18\x01 \x03(\x0b\x32\x17.vcproxy.v1.ServicePort\"r\n\x0ePatchEndpoints\x12 \n\x03key\x18\x01 \x01(\x0b\x32\x13.vcproxy.v1.PortKey\x12\x0c\n\x04put4\x18\x02 \x01(\x0c\x12\x10\n\x08removed4\x18\x03 \x01(\x0c\x12\x0c\n\x04put6\x18\x04 \x01(\x0c\x12\x10\n\x08removed6\x18\x05 \x01(\x0c\"\x94\x01\n\tOperation\x12&\n\x03put\x18\x01 \x01(\x0b\x32\x17.vcproxy.v1.ServicePortH\x00\x12%\n\x06remove\x18\x02 \x01(\x0b\x32\x13.vcproxy.v1.PortKeyH\x00\x12+\n\x05patch\x18\x03 \x01(\x0b\x32\x1a.vcproxy.v1.PatchEndpointsH\x00\x42\x0b\n\toperation*p\n\x0c\x46rontendKind\x12\x1d\n\x19\x46RONTEND_KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nCLUSTER_IP\x10\x01\x12\x0f\n\x0b\x45XTERNAL_IP\x10\x02\x12\x11\n\rLOAD_BALANCER\x10\x03\x12\r\n\tNODE_PORT\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vcproxy.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FRONTENDKIND']._serialized_start=895
-  _globals['_FRONTENDKIND']._serialized_end=1007
+  _globals['_FRONTENDKIND']._serialized_start=927
+  _globals['_FRONTENDKIND']._serialized_end=1039
   _globals['_PORTKEY']._serialized_start=38
   _globals['_PORTKEY']._serialized_end=115
   _globals['_FRONTEND']._serialized_start=117
@@ -42,11 +42,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HINTSET']._serialized_start=243
   _globals['_HINTSET']._serialized_end=282
   _globals['_SERVICEPORT']._serialized_start=285
-  _globals['_SERVICEPORT']._serialized_end=570
-  _globals['_SERVICEPORTS']._serialized_start=572
-  _globals['_SERVICEPORTS']._serialized_end=626
-  _globals['_PATCHENDPOINTS']._serialized_start=628
-  _globals['_PATCHENDPOINTS']._serialized_end=742
-  _globals['_OPERATION']._serialized_start=745
-  _globals['_OPERATION']._serialized_end=893
+  _globals['_SERVICEPORT']._serialized_end=602
+  _globals['_SERVICEPORTS']._serialized_start=604
+  _globals['_SERVICEPORTS']._serialized_end=658
+  _globals['_PATCHENDPOINTS']._serialized_start=660
+  _globals['_PATCHENDPOINTS']._serialized_end=774
+  _globals['_OPERATION']._serialized_start=777
+  _globals['_OPERATION']._serialized_end=925
 # @@protoc_insertion_point(module_scope)

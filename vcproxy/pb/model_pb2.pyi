@@ -166,6 +166,7 @@ class ServicePort(_message.Message):
     HINT_SETS_FIELD_NUMBER: _builtins.int
     ENDPOINTS4_FIELD_NUMBER: _builtins.int
     ENDPOINTS6_FIELD_NUMBER: _builtins.int
+    HEALTH_CHECK_NODE_PORT_FIELD_NUMBER: _builtins.int
     internal_local: _builtins.bool
     """internalTrafficPolicy: Local"""
     external_local: _builtins.bool
@@ -174,6 +175,8 @@ class ServicePort(_message.Message):
     """sessionAffinity ClientIP's timeout, 0: none"""
     endpoints4: _builtins.bytes
     endpoints6: _builtins.bytes
+    health_check_node_port: _builtins.int
+    """0: none; only with external_local"""
     @_builtins.property
     def key(self) -> Global___PortKey: ...
     @_builtins.property
@@ -194,10 +197,11 @@ class ServicePort(_message.Message):
         hint_sets: _abc.Iterable[Global___HintSet] | None = ...,
         endpoints4: _builtins.bytes = ...,
         endpoints6: _builtins.bytes = ...,
+        health_check_node_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinity_seconds", b"affinity_seconds", "endpoints4", b"endpoints4", "endpoints6", b"endpoints6", "external_local", b"external_local", "frontends", b"frontends", "hint_sets", b"hint_sets", "internal_local", b"internal_local", "key", b"key", "source_ranges", b"source_ranges"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinity_seconds", b"affinity_seconds", "endpoints4", b"endpoints4", "endpoints6", b"endpoints6", "external_local", b"external_local", "frontends", b"frontends", "health_check_node_port", b"health_check_node_port", "hint_sets", b"hint_sets", "internal_local", b"internal_local", "key", b"key", "source_ranges", b"source_ranges"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

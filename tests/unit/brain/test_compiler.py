@@ -262,6 +262,32 @@ def test_external_traffic_policy_where_it_means_something(spec, external_local: 
     assert one(service(externalTrafficPolicy="Cluster", **spec)).external_local is False
 
 
+@pytest.mark.parametrize(
+    ("spec", "port"),
+    [
+        ({"type": "LoadBalancer", "externalTrafficPolicy": "Local"}, 32000),
+        ({"type": "LoadBalancer", "externalTrafficPolicy": "Cluster"}, 0),
+        ({"type": "LoadBalancer"}, 0),
+        ({"type": "NodePort", "externalTrafficPolicy": "Local"}, 0),
+        ({"type": "ClusterIP", "externalTrafficPolicy": "Local", "externalIPs": ["203.0.113.9"]}, 0),
+    ],
+)
+def test_health_check_node_port_where_it_means_something(spec, port: int) -> None:
+    """As NeedsHealthCheck of kube-proxy; the API server leaves the number where it stood when a type changes."""
+    found = service(healthCheckNodePort=32000, ports=[{"name": "a", "port": 80}, {"name": "b", "port": 81}], **spec)
+    assert [made.health_check_node_port for made in compile_service(found, [], UNRESTRICTED).ports] == [port, port]
+
+
+def test_health_check_node_port_is_granted_with_node_ports() -> None:
+    found = service(type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=32000)
+    granted = compile_service(found, [], Policy(node_ports=True))
+    assert (granted.ports[0].health_check_node_port, granted.refusals) == (32000, ())
+    (port,), (refusal,) = compile_service(found, [], Policy())
+    assert port.health_check_node_port == 0
+    assert dialled(port) == ["CLUSTER_IP 10.96.0.1:80"], "the rest of the Service goes on"
+    assert (refusal.field, refusal.reason, refusal.value) == ("spec.healthCheckNodePort", Reason.NODE_PORT, "32000")
+
+
 @pytest.mark.parametrize(("said", "local"), [("Local", True), ("Cluster", False), (None, False)])
 def test_internal_traffic_policy(said, local: bool) -> None:
     assert one(service(internalTrafficPolicy=said)).internal_local is local

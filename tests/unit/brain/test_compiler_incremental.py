@@ -57,6 +57,7 @@ def services(draw):
                 {"clusterIP": "nonsense"},
                 {"sessionAffinity": "ClientIP"},
                 {"externalIPs": ["192.0.2.7"]},
+                {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000},
             ]
         )
     )

@@ -45,16 +45,18 @@ _prefix = st.sampled_from(
 @st.composite
 def _port(draw: st.DrawFn) -> ServicePort:
     endpoints4, endpoints6, hint_sets = pack(draw(_endpoints))
+    external_local = draw(st.booleans())
     return ServicePort(
         key=draw(keys),
         frontends=tuple(sorted(set(draw(st.lists(_frontend, max_size=4))))),
         internal_local=draw(st.booleans()),
-        external_local=draw(st.booleans()),
+        external_local=external_local,
         affinity_seconds=draw(st.sampled_from([0, 1, 86400])),
         source_ranges=tuple(sorted(draw(st.sets(_prefix)))),
         hint_sets=hint_sets,
         endpoints4=endpoints4,
         endpoints6=endpoints6,
+        health_check_node_port=draw(st.sampled_from([0, 1, 30081, 65535])) if external_local else 0,
     )
 
 

@@ -26,11 +26,13 @@ PORT = ServicePort(
         Frontend(FrontendKind.CLUSTER_IP, b"\x0a\x20\0\1", 80),
         Frontend(FrontendKind.NODE_PORT, bytes(4), 30080),
     ),
+    external_local=True,
     affinity_seconds=10800,
     source_ranges=(parse_prefix("192.0.2.0/24"), parse_prefix("2001:db8::/32")),
     hint_sets=HINTS,
     endpoints4=PACKED4,
     endpoints6=PACKED6,
+    health_check_node_port=32000,
 )
 
 
@@ -90,6 +92,8 @@ def _set(message: model_pb2.ServicePort, path: str, value: object) -> None:
         ("frontends.0.port", 65536),
         ("frontends.1.address", b"\x0a\0\0\1"),
         ("affinity_seconds", 86401),
+        ("health_check_node_port", 65536),
+        ("external_local", False),
         ("source_ranges.0.length", 33),
         ("source_ranges.0.address", b"\xc0\0\2\1"),
         ("source_ranges.0.address", b"\xc0\0\2"),

@@ -18,15 +18,27 @@ from vcproxy.model.tenant import (
 )
 
 
-def service_port(name: str, hosts: list[int], *, local: bool = False) -> ServicePort:
+def service_port(name: str, hosts: list[int], *, local: bool = False, health: int = 0) -> ServicePort:
     packed4, packed6, hints = endpoints.pack(Endpoint(bytes((10, 0, 0, n)), 80, READY | SERVING) for n in hosts)
     key = PortKey("default", name, "http", Protocol.TCP)
     frontend = Frontend(FrontendKind.CLUSTER_IP, bytes((10, 32, 0, 1)), 80)
-    return ServicePort(key, (frontend,), internal_local=local, hint_sets=hints, endpoints4=packed4, endpoints6=packed6)
+    return ServicePort(
+        key,
+        (frontend,),
+        internal_local=local,
+        hint_sets=hints,
+        endpoints4=packed4,
+        endpoints6=packed6,
+        health_check_node_port=health,
+    )
 
 
 ports = st.builds(
-    service_port, st.sampled_from("abc"), st.lists(st.integers(0, 20), unique=True, max_size=12), local=st.booleans()
+    service_port,
+    st.sampled_from("abc"),
+    st.lists(st.integers(0, 20), unique=True, max_size=12),
+    local=st.booleans(),
+    health=st.sampled_from([0, 30081]),
 )
 steps = st.lists(st.one_of(ports, st.sampled_from("abc")), max_size=20)
 
@@ -104,6 +116,9 @@ def test_the_digest_is_documented_and_stable() -> None:
     """Brains and nodes of different versions compare digests: changing the canonical form is a protocol change."""
     assert port_hash(service_port("a", [1])).to_bytes(32, "big").hex() == (
         "6b9081598e64768644ba30a49fbf55671de50ba177457e0076c996abc082cc7c"
+    )
+    assert port_hash(service_port("a", [1], health=30081)).to_bytes(32, "big").hex() == (
+        "72ecb3d66629ca8da0f56b9ca6f69b009fabe0b6076fe42b37f3f7382d118791"
     )
     assert (
         TenantModel([service_port("a", [1]), service_port("b", [])]).digest
