@@ -6,9 +6,12 @@ read the table, compare, and mend (`repair`). Only when the kernel refuses an el
 it; it gets its last good form back and is reported.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import msgspec
 
 from vcproxy.backend.protocol import (
     Applied,
@@ -16,6 +19,7 @@ from vcproxy.backend.protocol import (
     BackendError,
     Drift,
     NodeState,
+    Reconciled,
     Rejection,
     TenantUpdate,
 )
@@ -144,8 +148,8 @@ class NftablesBackend:
         rejected = self._planner.put(plan, tenant, update.put, hint=adoption.hint if adoption else None)
         if adoption:
             adoption.finish()
-        operations, refused = self._execute(plan, tenant, previous)
-        return Applied(operations=operations, rejections=(*rejected, *refused))
+        done = self._execute(plan, tenant, previous)
+        return msgspec.structs.replace(done, rejections=(*rejected, *done.rejections))
 
     def remove_tenant(self, uid: str) -> None:
         """Remove all of a tenant. Its zone is kept for as long as it is attached, and flushed in any case."""
@@ -236,8 +240,8 @@ class NftablesBackend:
         plan: Plan,
         tenant: Tenant | None = None,
         previous: Mapping[PortKey, ForwardedPort | None] | None = None,
-    ) -> tuple[int, list[Rejection]]:
-        """Commit a plan; returns (operations, ports that the kernel refused). Raises BackendError."""
+    ) -> Applied:
+        """Commit a plan; the rejections are the ports that the kernel refused. Raises BackendError."""
         refused: list[Rejection] = []
         with _system_errors():
             try:
@@ -247,8 +251,8 @@ class NftablesBackend:
                 count, refused = self._mend_or_reject(tenant, previous or {})
             for family, number in plan.freed:
                 self._planner.numbers[family].release(number)
-            self._reconcile(plan)
-        return count, refused
+            reconciled = tuple(self._reconcile(plan))
+        return Applied(count, tuple(refused), reconciled)
 
     def _mend_or_reject(
         self, tenant: Tenant | None, previous: Mapping[PortKey, ForwardedPort | None]
@@ -296,11 +300,17 @@ class NftablesBackend:
         self._repair_due = False
         return count, Drift(missing=drift.missing, foreign=drift.foreign, rebuilt=rebuilt)
 
-    def _reconcile(self, plan: Plan) -> None:
-        """End the UDP flows that would go on to targets that are gone, or untranslated."""
-        for zone, flows in plan.flows.items():
-            zones = {0} | self._flat_zones if zone == Plan.PUBLIC else {zone}
-            self._kernel.conntrack.reconcile(zones=zones, protocol=Protocol.UDP, serving=flows)
+    def _reconcile(self, plan: Plan) -> Iterator[Reconciled]:
+        """End the UDP flows that would go on to targets that are gone, or untranslated; one look for each family."""
+        for family in (4, 6):
+            flows = {zone: mine for zone, found in plan.flows.items() if (mine := found.of(family))}
+            if not flows:
+                continue
+            started, count = time.perf_counter(), 0
+            for zone, mine in flows.items():
+                zones = {0} | self._flat_zones if zone == Plan.PUBLIC else {zone}
+                count += self._kernel.conntrack.reconcile(zones=zones, protocol=Protocol.UDP, serving=mine)
+            yield Reconciled(family, time.perf_counter() - started, count)
 
 
 def _options(options: Mapping[str, Any]) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Set
 from vcproxy_nftables.changes import Changes
 from vcproxy_nftables.flowcolumns import Target
 from vcproxy_nftables.pools import split
+from vcproxy_nftables.state import WIDTH
 
 
 class Flows(Mapping[Target, Set[Target]]):
@@ -16,6 +17,13 @@ class Flows(Mapping[Target, Set[Target]]):
     def note(self, destination: Target, serving: bytes) -> None:
         """The last word about a destination counts."""
         self._serving[destination] = serving
+
+    def of(self, family: int) -> "Flows":
+        """Those of IP family 4 or 6."""
+        chosen = Flows()
+        width = WIDTH[family] - 2
+        chosen._serving = {target: serving for target, serving in self._serving.items() if len(target[0]) == width}
+        return chosen
 
     def __getitem__(self, destination: Target) -> Set[Target]:
         width = len(destination[0]) + 2

@@ -51,11 +51,23 @@ class Rejection(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Reconciled(msgspec.Struct, frozen=True):
+    """One look for flows to targets that serve no longer, in IP family 4 or 6, and how many `flows` it ended."""
+
+    family: int
+    seconds: float
+    flows: int
+
+
 class Applied(msgspec.Struct, frozen=True):
-    """What an update cost and what it left out. `operations`: kernel elements (or the like) added plus removed."""
+    """What an update cost and what it left out. `operations`: kernel elements (or the like) added plus removed.
+
+    `reconciled`: the looks for stale flows that it took; most updates take none.
+    """
 
     operations: int = 0
     rejections: tuple[Rejection, ...] = ()
+    reconciled: tuple[Reconciled, ...] = ()
 
 
 class Attachments(msgspec.Struct, frozen=True):

@@ -22,7 +22,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from vcproxy.backend.protocol import Attachments, Backend, BackendError, BackendUnavailable, Rejection
 from vcproxy.model.node import NodeFacts
@@ -30,6 +30,7 @@ from vcproxy.model.services import PortKey
 from vcproxy.model.timing import Timing
 from vcproxy.node import pending
 from vcproxy.node.attachments import Names
+from vcproxy.node.audience import Acknowledge, Memory
 from vcproxy.node.config import Attachment
 from vcproxy.node.duties import ATTACH, Duties
 from vcproxy.node.holdings import (
@@ -46,6 +47,7 @@ from vcproxy.node.holdings import (
     TenantStale,
     TenantSynced,
 )
+from vcproxy.node.localpolicy import local_ports
 from vcproxy.node.nodestate import NodeRules
 from vcproxy.node.pending import Pending, Task
 from vcproxy.node.report import Progress, TenantState
@@ -58,31 +60,6 @@ CHUNK = 2000
 RETRY_REJECTED = 60.0
 
 log = logs.get("agent")
-
-
-class Acknowledge(Protocol):
-    """Where the agent reports to; the session, which tells the brain."""
-
-    def committed(
-        self, uid: str, revision: int, digest: bytes, rejections: tuple[Rejection, ...], microseconds: int
-    ) -> None:
-        """This revision is programmed, but for `rejections`: all ports of the tenant that are in quarantine now."""
-
-    def failed(self, uid: str, revision: int, error: str) -> None:
-        """This revision could not be programmed; it is tried again."""
-
-
-class Memory(Protocol):
-    """Where the agent remembers its last good state; the cache."""
-
-    def keep(self, uid: str) -> None:
-        """The tenant's committed state changed: write it, soon."""
-
-    def forget(self, uid: str) -> None:
-        """The tenant is gone: delete it."""
-
-    def keep_node(self, facts: NodeFacts | None, placement: Mapping[bytes, str] | None) -> None:
-        """What the brain told of this node changed; None: it has told nothing yet."""
 
 
 class Agent:
@@ -154,7 +131,11 @@ class Agent:
         self.adopted = self._programmed & {held.tenant.uid for held in remembered}
         self._rezone()
         for held in remembered:
-            self._changed(held.tenant.uid, None)
+            uid = held.tenant.uid
+            if uid in self.adopted:  # not programmed by this run, but forwarded: load balancers go on asking
+                found = await self._worker.call(local_ports, tuple(held.model), self._view.node_id)
+                self.progress.note_local(uid, found, None)
+            self._changed(uid, None)
         await self.settle()
         self.started = True
 
@@ -203,9 +184,11 @@ class Agent:
     def handle(self, event: SessionEvent) -> None:
         """Take note of an event; the session's sink. Never blocks."""
         match event:
-            case TenantChanged(uid=uid, touched=touched, timing=timing):
+            case TenantChanged(uid=uid, touched=touched, timing=timing, extent=extent):
                 if touched != frozenset():  # else only facts of the tenant are new, its content is still the disk's
                     self.adopted.discard(uid)
+                if extent is not None:
+                    self.progress.seen(extent)
                 self._changed(uid, touched, timing)
             case TenantSynced(uid=uid):
                 self.adopted.discard(uid)
@@ -251,6 +234,7 @@ class Agent:
             if not state.begun:
                 state.begun, touched = True, None
             self._tasks.add(uid, pending.changed(touched, self._clock(), timing))
+            self.progress.queued(uid)
             self._wake.set()
 
     def _rezone(self) -> None:
@@ -290,6 +274,7 @@ class Agent:
                 with self.progress.busy(uid, task):
                     await self._worker.call(self._backend.remove_tenant, uid)
             except Exception as error:
+                self.progress.removal_failed()
                 self._failed(uid, task, error, revision=0)
                 return
             self.progress.succeeded()
@@ -335,8 +320,9 @@ class Agent:
             self.progress.succeeded()
             self._programmed.add(uid)
             state.virtual_ranges = ranges
-            self._quarantine(uid, state, None if task.everything else keys, done.applied.rejections)
-            self.progress.applied(task, done)
+            tried = None if task.everything else keys
+            self._quarantine(uid, state, tried, done.applied.rejections)
+            self.progress.applied(uid, task, done, tried)
         state.error, state.failing_since = "", None
         if rest:
             self._tasks.add(uid, Task(queued_at=task.queued_at, keys=rest, timing=task.timing))

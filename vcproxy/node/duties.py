@@ -142,7 +142,7 @@ class Duties:
                 await act()
         except Exception as error:
             delay = self.pending.failed(name, task, self._clock())
-            self._progress.duty_failed(name, str(error))
+            self._progress.duty_failed(name, str(error), cleanup=name == SWEEP)
             unexpected = None if isinstance(error, BackendError) else error
             log.error("a duty failed; retrying", duty=name, error=str(error), retry_in=delay, exc_info=unexpected)
         else:

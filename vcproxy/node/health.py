@@ -21,12 +21,12 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from vcproxy.ops import metrics
+from vcproxy.node import proxymetrics
+from vcproxy.node.localpolicy import FAMILY_NAMES
 from vcproxy.ops.metrics import Handler
 
 # kube-proxy: twice the sync period.
 TIMEOUT = 60.0
-IP_FAMILIES = ("IPv4", "IPv6")
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -53,12 +53,12 @@ def handlers(health: Callable[[], Health]) -> Mapping[str, Handler]:
     async def healthz(_: web.Request) -> web.Response:
         now = health()
         well = now.well and now.eligible
-        metrics.HEALTHZ.labels("200" if well else "503").inc()
+        proxymetrics.HEALTHZ.labels("200" if well else "503").inc()
         return _answer(_body(now, well, nodeEligible=now.eligible), well)
 
     async def livez(_: web.Request) -> web.Response:
         now = health()
-        metrics.LIVEZ.labels("200" if now.well else "503").inc()
+        proxymetrics.LIVEZ.labels("200" if now.well else "503").inc()
         return _answer(_body(now, now.well), now.well)
 
     async def readyz(_: web.Request) -> web.Response:
@@ -87,7 +87,7 @@ def _body(health: Health, well: bool, **eligible: bool) -> dict[str, Any]:
         "currentTime": _text(now),
         **eligible,
         "healthy": health.well,
-        "status": {family: {"lastUpdated": updated, "healthy": health.well} for family in IP_FAMILIES},
+        "status": {family: {"lastUpdated": updated, "healthy": health.well} for family in FAMILY_NAMES.values()},
     }
 
 

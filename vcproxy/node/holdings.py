@@ -12,6 +12,7 @@ earlier run programmed for it stays.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -72,16 +73,25 @@ class Holdings:
         return self._held
 
 
+class Extent(NamedTuple):
+    """How many Services differ in their own fields, and how many in their endpoints."""
+
+    services: int
+    endpoints: int
+
+
 class TenantChanged(msgspec.Struct, frozen=True):
     """Content or facts (name, virtual ranges) of a tenant changed and are in the holdings.
 
-    `touched`: the keys that may differ; None: everything may. `revision`: what the holdings have now.
+    `touched`: the keys that may differ; None: everything may. `revision`: what the holdings have now. `extent`: how
+    many Services differ, of the super cluster's changes only; None: not counted.
     """
 
     uid: str
     touched: frozenset[PortKey] | None
     revision: int
     timing: Timing | None = None
+    extent: Extent | None = None
 
 
 class TenantSynced(msgspec.Struct, frozen=True):

@@ -11,15 +11,16 @@ bad placement) ends the stream: `ProtocolError`.
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
 from vcproxy.model.services import PortKey, ServicePort
-from vcproxy.model.tenant import ModelMismatch, Operation, PatchEndpoints, PutPort, TenantModel
+from vcproxy.model.tenant import SUPER_UID, ModelMismatch, Operation, PatchEndpoints, PutPort, TenantModel
 from vcproxy.node.holdings import (
     Connected,
+    Extent,
     FactsChanged,
     Held,
     Holdings,
@@ -234,20 +235,23 @@ class Receiver:
         del self._arriving[uid]
         if arriving.model.digest != message.digest:
             raise ModelMismatch(f"the snapshot of revision {message.revision} has another digest than announced")
-        held.model = arriving.model
+        before, held.model = held.model.ports, arriving.model
         metrics.RECEIVED.labels("snapshot").inc()
         self._accepted(held, message.revision, message.digest, arriving.spent)
-        self._sink(TenantChanged(uid, None, message.revision))
+        counted = extent({**dict.fromkeys(held.model.ports), **before}, held.model) if uid == SUPER_UID else None
+        self._sink(TenantChanged(uid, None, message.revision, extent=counted))
 
     def _delta(self, held: Held, message: distribution_pb2.Delta) -> None:
         uid, began = message.tenant, time.perf_counter_ns()
         if uid in self._awaiting:
             return
         operations = [convert.decode_operation(uid, operation) for operation in message.operations]
-        touched = apply(uid, held.model, operations, digest=message.digest)
+        before = apply(uid, held.model, operations, digest=message.digest)
         metrics.RECEIVED.labels("delta").inc()
         self._accepted(held, message.to, message.digest, time.perf_counter_ns() - began)
-        self._sink(TenantChanged(uid, touched, message.to, convert.decode_timing(message.timing)))
+        timing = convert.decode_timing(message.timing)
+        counted = extent(before, held.model) if uid == SUPER_UID else None
+        self._sink(TenantChanged(uid, frozenset(before), message.to, timing, counted))
 
     def _synced(self, held: Held, message: distribution_pb2.Synced) -> None:
         uid = message.tenant
@@ -293,8 +297,12 @@ class Receiver:
             self._outbox.refresh(uid)
 
 
-def apply(uid: str, model: TenantModel, operations: Sequence[Operation], *, digest: bytes) -> frozenset[PortKey]:
-    """Apply a delta to the model; returns the keys it touched.
+Before = Mapping[PortKey, ServicePort | None]
+"""What the service ports that a change touched were before it."""
+
+
+def apply(uid: str, model: TenantModel, operations: Sequence[Operation], *, digest: bytes) -> Before:
+    """Apply a delta to the model; returns what it touched, as that was before.
 
     Raises ModelMismatch or MalformedModel when the result is not what it should be; the model is then as it was.
     """
@@ -313,7 +321,19 @@ def apply(uid: str, model: TenantModel, operations: Sequence[Operation], *, dige
             else:
                 model.put(port)
         raise
-    return frozenset(before)
+    return before
+
+
+def extent(before: Before, model: TenantModel) -> Extent:
+    """How many Services differ in the model from what they were."""
+    services, endpoints = set(), set()
+    for key, old in before.items():
+        new, name = model.get(key), (key.namespace, key.service)
+        if old is None or new is None or not old.same_but_endpoints(new):
+            services.add(name)
+        if (old.endpoints4 + old.endpoints6 if old else b"") != (new.endpoints4 + new.endpoints6 if new else b""):
+            endpoints.add(name)
+    return Extent(len(services), len(endpoints))
 
 
 def _key(operation: Operation) -> PortKey:

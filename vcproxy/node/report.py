@@ -8,12 +8,16 @@ return, or failures with no success in between, are the node's trouble.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import msgspec
 
 from vcproxy.model.addresses import Prefix
 from vcproxy.model.services import PortKey
+from vcproxy.model.tenant import SUPER_UID
+from vcproxy.node import proxymetrics
+from vcproxy.node.holdings import Extent
+from vcproxy.node.localpolicy import LocalPort, LocalPorts
 from vcproxy.node.pending import Task
 from vcproxy.node.worker import Done
 from vcproxy.ops import metrics
@@ -47,6 +51,7 @@ class Progress:
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.tenants: dict[str, TenantState] = {}
+        self.local = LocalPorts()
         self.problems: tuple[str, ...] = ()
         self.duty_errors: dict[str, str] = {}
         self.brain = ""
@@ -59,10 +64,28 @@ class Progress:
     def busy(self, name: str, task: Task) -> Iterator[None]:
         """The backend works at this task while the context is open."""
         self._calling = (name, task.queued_at)
+        if of_super := name == SUPER_UID:
+            proxymetrics.took_up()
+        began, full = time.perf_counter(), task.everything or self._loading(name)
         try:
             yield
         finally:
             self._calling = None
+            if of_super:
+                proxymetrics.tried(time.perf_counter() - began, full=full)
+
+    def _loading(self, uid: str) -> bool:
+        state = self.tenants.get(uid)
+        return state is not None and state.loading
+
+    def seen(self, change: Extent) -> None:
+        """The brain told a change of the super cluster."""
+        proxymetrics.seen(change)
+
+    def queued(self, uid: str) -> None:
+        """Something of the tenant is to be programmed."""
+        if uid == SUPER_UID:
+            proxymetrics.queued()
 
     def succeeded(self) -> None:
         """The backend did what it was asked."""
@@ -83,22 +106,40 @@ class Progress:
         self.brain, self.disconnect_reason = "", reason
         metrics.CONNECTED.set(0)
 
-    def duty_failed(self, duty: str, error: str) -> None:
-        """A duty of the node failed."""
+    def duty_failed(self, duty: str, error: str, *, cleanup: bool = False) -> None:
+        """A duty of the node failed; `cleanup`: one that removes what nobody wants."""
         self.duty_errors[duty] = error
+        (proxymetrics.cleanup_failed if cleanup else proxymetrics.sync_failed)()
+
+    def removal_failed(self) -> None:
+        """A tenant that is gone could not be removed."""
+        proxymetrics.cleanup_failed()
 
     def duty_done(self, duty: str) -> None:
         """It is well."""
         self.duty_errors.pop(duty, None)
 
-    def applied(self, task: Task, done: Done) -> None:
-        """A backend call programmed (a chunk of) a task."""
+    def applied(self, uid: str, task: Task, done: Done, tried: Collection[PortKey] | None) -> None:
+        """A backend call programmed (a chunk of) a task: the ports `tried`, None: all."""
         metrics.OPERATIONS.inc(done.applied.operations)
+        self.note_local(uid, done.local, tried)
+        if uid != SUPER_UID:
+            return
+        proxymetrics.reconciled(done.applied.reconciled)
         timing = task.timing
         # As kube-proxy does: what changed before this process started says nothing about its speed.
         if timing is not None and timing.event / 1e9 >= self._born:
-            for family in done.families:
-                metrics.NETWORK_PROGRAMMING.labels(family).observe(max(time.time() - timing.event / 1e9, 0))
+            proxymetrics.programmed(done.families, timing.event)
+
+    def note_local(self, uid: str, found: tuple[LocalPort, ...], tried: Collection[PortKey] | None) -> None:
+        """Of the ports `tried` (None: all) these have a Local policy, and are programmed so."""
+        self.local.update(uid, found, tried=tried, refused=self._rejected(uid))
+        if uid == SUPER_UID:
+            proxymetrics.unserved(self.local.unserved(uid))
+
+    def _rejected(self, uid: str) -> Collection[PortKey]:
+        state = self.tenants.get(uid)
+        return state.rejected if state else ()
 
     def committed(
         self, uid: str, state: TenantState, task: Task, *, revision: int, brain: str, digest: bytes, done: Done | None
@@ -106,6 +147,8 @@ class Progress:
         """A revision is programmed as a whole; `done` None: it already was."""
         state.revision, state.brain, state.digest, state.committed_at = revision, brain, digest, time.time()
         metrics.REJECTED.labels(uid).set(len(state.rejected))
+        if uid == SUPER_UID:
+            proxymetrics.synced()
         if done is None:
             return
         state.microseconds = round((done.resolve_seconds + done.apply_seconds) * 1e6)
@@ -115,6 +158,8 @@ class Progress:
     def failed(self, uid: str, error: str) -> None:
         """A tenant's update failed."""
         metrics.FAILURES.labels(uid).inc()
+        if uid == SUPER_UID:
+            proxymetrics.sync_failed()
         state = self.tenants.get(uid)
         if state is not None:
             state.error = error
@@ -126,6 +171,7 @@ class Progress:
         for metric in (metrics.COMMITTED, metrics.REJECTED, metrics.FAILURES):
             with contextlib.suppress(KeyError):
                 metric.remove(uid)
+        self.local.forget(uid)
         return self.tenants.pop(uid, None)
 
     def late(self, waiting: Iterable[tuple[str, Task]], timeout: float) -> dict[str, float]:

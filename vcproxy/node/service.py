@@ -16,7 +16,7 @@ from typing import Any
 from vcproxy.backend import registry
 from vcproxy.backend.protocol import Backend
 from vcproxy.model.endpoints import name_id
-from vcproxy.node import health
+from vcproxy.node import health, proxymetrics
 from vcproxy.node.agent import Agent
 from vcproxy.node.cache import Cache
 from vcproxy.node.config import NodeConfiguration
@@ -80,6 +80,7 @@ class NodeAgent:
     async def _serve(self) -> None:
         config = self._config
         async with contextlib.AsyncExitStack() as stack:
+            proxymetrics.begin()
             await stack.enter_async_context(
                 _serving("healthAddress", config.health_address, health.handlers(lambda: health_of(self._agent)))
             )

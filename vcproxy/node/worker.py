@@ -19,6 +19,7 @@ import msgspec
 from vcproxy.backend.protocol import Applied, Backend, Drift, TenantUpdate
 from vcproxy.model.addresses import Prefix
 from vcproxy.model.services import PortKey, ServicePort
+from vcproxy.node.localpolicy import LocalPort, local_ports
 from vcproxy.node.resolver import NodeView, resolve
 
 P = ParamSpec("P")
@@ -37,12 +38,13 @@ class Order(msgspec.Struct, frozen=True):
 
 
 class Done(msgspec.Struct, frozen=True):
-    """What became of an order, and what it took: seconds to resolve and to program."""
+    """What became of an order, and what it took: seconds to resolve and to program. `local`: see localpolicy."""
 
     applied: Applied
     resolve_seconds: float
     apply_seconds: float
     families: tuple[str, ...]
+    local: tuple[LocalPort, ...] = ()
 
 
 class Mended(NamedTuple):
@@ -79,9 +81,10 @@ class Worker:
     def _program(self, order: Order) -> Done:
         started = time.perf_counter()
         put = tuple(resolve(order.ports, order.view))
+        local = local_ports(order.ports, order.view.node_id)
         resolved = time.perf_counter()
         applied = self._backend.apply(TenantUpdate(order.uid, put, order.removed, order.complete, order.virtual_ranges))
-        return Done(applied, resolved - started, time.perf_counter() - resolved, _families(order.ports))
+        return Done(applied, resolved - started, time.perf_counter() - resolved, _families(order.ports), local)
 
     async def mend(self, *, known_bad: bool) -> Mended:
         """Repair if something drifted, or if that is `known_bad`. Raises BackendError."""

@@ -1,6 +1,6 @@
 """Metrics: one registry a process, and the HTTP server that shows it.
 
-Names and labels are kube-proxy's where it has an equal (prefix `kubeproxy_`), `vcproxy_` otherwise. A label holds a
+What is here has the prefix `vcproxy_`; kube-proxy's own metrics are the node's (node.proxymetrics). A label holds a
 tenant's uid, which the operator's side made, never a string that a tenant wrote: the number of series stays bounded.
 """
 
@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+# A second series for each counter and histogram that says when it was made: nobody reads it, and kube-proxy has none.
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY = CollectorRegistry(auto_describe=True)
 prometheus_client.ProcessCollector(registry=REGISTRY)
 prometheus_client.PlatformCollector(registry=REGISTRY)
@@ -49,15 +51,6 @@ FAILURES = Counter(
 REPAIRS = Counter("vcproxy_repairs", "Times that foreign changes to the table were mended", registry=REGISTRY)
 CACHE_FAILURES = Counter("vcproxy_cache_failures", "Times the last good state could not be written", registry=REGISTRY)
 CONNECTED = Gauge("vcproxy_brain_connected", "1 while the stream from a brain is up", registry=REGISTRY)
-NETWORK_PROGRAMMING = Histogram(
-    "kubeproxy_network_programming_duration_seconds",
-    "From the change of a Service or its endpoints to the kernel, by the API server's clock",
-    ["ip_family"],
-    buckets=(0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30)),
-    registry=REGISTRY,
-)
-HEALTHZ = Counter("kubeproxy_proxy_healthz", "Answers of /healthz by HTTP status", ["code"], registry=REGISTRY)
-LIVEZ = Counter("kubeproxy_proxy_livez", "Answers of /livez by HTTP status", ["code"], registry=REGISTRY)
 
 
 def value(name: str, labels: Mapping[str, str] | None = None) -> float:

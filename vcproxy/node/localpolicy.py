@@ -1,0 +1,167 @@
+"""What Local traffic policies come to on this node: service ports that drop, and what load balancers are told.
+
+kube-proxy asks this of all its Services at every sync. Here each service port with a Local policy, and there are few,
+is asked when it is resolved, and what it said is kept: a change costs its own ports, and those of other Services are
+not looked at. Two readers want it: the gauge of Services without local endpoints, and the health-check node ports.
+
+The rules are kube-proxy's (pkg/proxy/topology.go CategorizeEndpoints, pkg/proxy/endpointschangetracker.go
+LocalReadyEndpoints at 1.37). A port is unserved by a policy if it has usable endpoints, none of them here. A load
+balancer is told how many distinct addresses on this node are Ready over all ports of a Service, of one family; those
+that are terminating still serve and do not count, since new connections should go elsewhere.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from vcproxy.model.endpoints import NO_NODE, READY, SERVING, TERMINATING, columns
+from vcproxy.model.services import PortKey, ServicePort
+
+FAMILY_NAMES = {4: "IPv4", 6: "IPv6"}
+POLICIES = ("internal", "external")
+
+
+class ServiceId(NamedTuple):
+    """A Service of a tenant."""
+
+    tenant: str
+    namespace: str
+    name: str
+
+
+class Unserved(NamedTuple):
+    """Labels of kube-proxy's gauge: `policy` is internal or external, `family` IPv4 or IPv6."""
+
+    policy: str
+    family: str
+
+
+class LocalPort(msgspec.Struct, frozen=True):
+    """A service port with a Local policy as it is on this node.
+
+    `families`: in which it can be dialled, 4 and 6. `ready`: by family, its Ready addresses on this node (4 or 16
+    octets); only with a health-check node port.
+    """
+
+    key: PortKey
+    unserved: tuple[Unserved, ...] = ()
+    health_check_node_port: int = 0
+    families: tuple[int, ...] = ()
+    ready: Mapping[int, frozenset[bytes]] = {}
+
+
+class HealthCheck(NamedTuple):
+    """Where a Service is asked about: a node port, in these families."""
+
+    port: int
+    families: tuple[int, ...]
+
+
+def local_ports(ports: Sequence[ServicePort], node_id: int) -> tuple[LocalPort, ...]:
+    """Those of the ports that have a Local policy; the others cost a look at two flags. Pure.
+
+    `node_id`: this node, as model.endpoints.name_id gives it.
+    """
+    return tuple(_local_port(port, node_id) for port in ports if port.internal_local or port.external_local)
+
+
+def _local_port(port: ServicePort, node_id: int) -> LocalPort:
+    unserved, ready, families = [], {}, port.families
+    for family in families:
+        records = columns(port.endpoints4 if family == 4 else port.endpoints6, family)
+        flags = records["flags"]
+        here = (records["node"] == node_id) & (node_id != NO_NODE)
+        usable = ((flags & READY) != 0) | ((flags & (SERVING | TERMINATING)) == (SERVING | TERMINATING))
+        if usable.any() and not (usable & here).any():
+            name = FAMILY_NAMES[family]
+            unserved += [Unserved("internal", name)] * port.internal_local
+            unserved += [Unserved("external", name)] * port.external_local
+        if port.health_check_node_port:
+            ready[family] = frozenset(row.tobytes() for row in records["address"][here & ((flags & READY) != 0)])
+    return LocalPort(port.key, tuple(unserved), port.health_check_node_port, families, ready)
+
+
+class LocalPorts:
+    """The local ports of all tenants, as they are programmed. `changed` is called when the `checks` changed."""
+
+    def __init__(self) -> None:
+        self.changed: Callable[[], None] = lambda: None
+        self._ports: dict[str, dict[PortKey, LocalPort]] = {}
+        self._unserved: dict[str, Counter[Unserved]] = {}
+        self._asked: dict[ServiceId, set[PortKey]] = {}  # the ports of Services with a health-check node port
+        self._checks: dict[ServiceId, HealthCheck] = {}
+
+    def update(
+        self,
+        uid: str,
+        found: Iterable[LocalPort],
+        *,
+        tried: Collection[PortKey] | None = None,
+        refused: Collection[PortKey] = (),
+    ) -> None:
+        """What is known of the ports `tried` (None: of all the tenant's) is now `found`.
+
+        A port that was `refused` is not served here, so load balancers are not told of its endpoints.
+        """
+        held = self._ports.setdefault(uid, {})
+        new = {port.key: port for port in found}
+        services: set[ServiceId] = set()
+        for key in list(held) if tried is None else tried:
+            if (old := held.pop(key, None)) is not None:
+                self._count(uid, old, -1, services)
+        for key, port in new.items():
+            held[key] = msgspec.structs.replace(port, ready={}) if key in refused else port
+            self._count(uid, port, 1, services)
+        self._settle(services)
+
+    def forget(self, uid: str) -> None:
+        """The tenant is gone."""
+        self.update(uid, ())
+        del self._ports[uid]
+        self._unserved.pop(uid, None)
+
+    def unserved(self, uid: str) -> Mapping[Unserved, int]:
+        """How many of a tenant's service ports drop for lack of a local endpoint."""
+        return self._unserved.get(uid, Counter())
+
+    @property
+    def checks(self) -> Mapping[ServiceId, HealthCheck]:
+        """A live read-only view, in the order in which they came."""
+        return self._checks
+
+    def ready(self, service: ServiceId, family: int) -> int:
+        """Distinct Ready addresses of a Service on this node; only for one with a health-check node port."""
+        held = self._ports.get(service.tenant, {})
+        addresses = [held[key].ready.get(family, frozenset()) for key in self._asked.get(service, ())]
+        return len(frozenset().union(*addresses))
+
+    def _count(self, uid: str, port: LocalPort, step: int, services: set[ServiceId]) -> None:
+        if port.unserved:
+            counter = self._unserved.setdefault(uid, Counter())
+            for labels in port.unserved:
+                counter[labels] += step
+        if port.health_check_node_port:
+            service = ServiceId(uid, port.key.namespace, port.key.service)
+            asked = self._asked.setdefault(service, set())
+            (asked.add if step > 0 else asked.discard)(port.key)
+            services.add(service)
+
+    def _settle(self, services: Iterable[ServiceId]) -> None:
+        """Make the checks of these Services those of their ports, which agree but for the moments of a first load."""
+        changed = False
+        for service in services:
+            held = self._ports[service.tenant]
+            ports = [held[key] for key in self._asked[service]]
+            if ports:
+                number = max(port.health_check_node_port for port in ports)
+                families = sorted({family for port in ports for family in port.families})
+                check = HealthCheck(number, tuple(families))
+                changed |= self._checks.get(service) != check
+                self._checks[service] = check
+            else:
+                del self._asked[service]
+                changed |= self._checks.pop(service, None) is not None
+        if changed:
+            self.changed()
