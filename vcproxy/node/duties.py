@@ -17,7 +17,7 @@ from vcproxy.model.node import NodeFacts
 from vcproxy.node.attachments import QUARANTINE, Names, attach
 from vcproxy.node.config import Attachment
 from vcproxy.node.holdings import Holdings
-from vcproxy.node.nodestate import NodeRules, node_state
+from vcproxy.node.nodestate import NodeRules, listen_addresses, node_state
 from vcproxy.node.pending import Pending, Task
 from vcproxy.node.report import Progress
 from vcproxy.node.worker import Worker
@@ -179,6 +179,7 @@ class Duties:
             await self._worker.call(self._backend.set_node, state)
             self._progress.succeeded()
             self._node_state = state
+        self._progress.local.accept_on(listen_addresses(self._rules, state, self._local_addresses))
 
     async def _attach(self) -> None:
         """Make the attachments right."""

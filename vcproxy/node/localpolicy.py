@@ -84,10 +84,15 @@ def _local_port(port: ServicePort, node_id: int) -> LocalPort:
 
 
 class LocalPorts:
-    """The local ports of all tenants, as they are programmed. `changed` is called when the `checks` changed."""
+    """The local ports of all tenants, as they are programmed.
+
+    `changed` is called with the Services whose `checks`, or the `addresses` of all of them, are no longer what they
+    were. `addresses`: where health-check node ports are accepted, 4 or 16 octets each, zeros for any of the family.
+    """
 
     def __init__(self) -> None:
-        self.changed: Callable[[], None] = lambda: None
+        self.changed: Callable[[Collection[ServiceId]], None] = lambda services: None
+        self.addresses: tuple[bytes, ...] = ()
         self._ports: dict[str, dict[PortKey, LocalPort]] = {}
         self._unserved: dict[str, Counter[Unserved]] = {}
         self._asked: dict[ServiceId, set[PortKey]] = {}  # the ports of Services with a health-check node port
@@ -107,7 +112,7 @@ class LocalPorts:
         """
         held = self._ports.setdefault(uid, {})
         new = {port.key: port for port in found}
-        services: set[ServiceId] = set()
+        services: dict[ServiceId, None] = {}  # in their order, so that who comes first is served first
         for key in list(held) if tried is None else tried:
             if (old := held.pop(key, None)) is not None:
                 self._count(uid, old, -1, services)
@@ -121,6 +126,12 @@ class LocalPorts:
         self.update(uid, ())
         del self._ports[uid]
         self._unserved.pop(uid, None)
+
+    def accept_on(self, addresses: tuple[bytes, ...]) -> None:
+        """Node ports are accepted on these addresses now."""
+        if addresses != self.addresses:
+            self.addresses = addresses
+            self.changed(tuple(self._checks))
 
     def unserved(self, uid: str) -> Mapping[Unserved, int]:
         """How many of a tenant's service ports drop for lack of a local endpoint."""
@@ -137,7 +148,7 @@ class LocalPorts:
         addresses = [held[key].ready.get(family, frozenset()) for key in self._asked.get(service, ())]
         return len(frozenset().union(*addresses))
 
-    def _count(self, uid: str, port: LocalPort, step: int, services: set[ServiceId]) -> None:
+    def _count(self, uid: str, port: LocalPort, step: int, services: dict[ServiceId, None]) -> None:
         if port.unserved:
             counter = self._unserved.setdefault(uid, Counter())
             for labels in port.unserved:
@@ -146,11 +157,11 @@ class LocalPorts:
             service = ServiceId(uid, port.key.namespace, port.key.service)
             asked = self._asked.setdefault(service, set())
             (asked.add if step > 0 else asked.discard)(port.key)
-            services.add(service)
+            services[service] = None
 
     def _settle(self, services: Iterable[ServiceId]) -> None:
         """Make the checks of these Services those of their ports, which agree but for the moments of a first load."""
-        changed = False
+        changed: list[ServiceId] = []
         for service in services:
             held = self._ports[service.tenant]
             ports = [held[key] for key in self._asked[service]]
@@ -158,10 +169,12 @@ class LocalPorts:
                 number = max(port.health_check_node_port for port in ports)
                 families = sorted({family for port in ports for family in port.families})
                 check = HealthCheck(number, tuple(families))
-                changed |= self._checks.get(service) != check
-                self._checks[service] = check
+                if self._checks.get(service) != check:
+                    self._checks[service] = check
+                    changed.append(service)
             else:
                 del self._asked[service]
-                changed |= self._checks.pop(service, None) is not None
+                if self._checks.pop(service, None) is not None:
+                    changed.append(service)
         if changed:
-            self.changed()
+            self.changed(changed)

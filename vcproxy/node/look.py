@@ -1,6 +1,7 @@
 """What the agent shows of itself: the data behind the health server, `status` and `get tenants`."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from vcproxy.node.agent import Agent
@@ -40,8 +41,16 @@ def health_of(agent: Agent, timeout: float = TIMEOUT) -> Health:
     return Health(progress.late(agent.waiting(), timeout), last_success, waiting_for, eligible)
 
 
-def status_of(agent: Agent) -> dict[str, Any]:
-    """What `status` shows. `healthy`: all tenants synced and committed, none stale, failing or with rejected ports."""
+def is_healthy(agent: Agent, timeout: float = TIMEOUT) -> bool:
+    """Whether kube-proxy would call itself healthy: no queued update is late. Costs as much as is waiting."""
+    return not agent.started or not agent.progress.late(agent.waiting(), timeout)
+
+
+def status_of(agent: Agent, problems: Iterable[str] = ()) -> dict[str, Any]:
+    """What `status` shows. `healthy`: all tenants synced and committed, none stale, failing or with rejected ports.
+
+    `problems`: those that are not the agent's.
+    """
     progress, rows = agent.progress, tenant_rows(agent)
     troubled = any(
         not row["synced"]
@@ -51,18 +60,19 @@ def status_of(agent: Agent) -> dict[str, Any]:
         or (row["committedRevision"] is None and not row["adopted"])
         for row in rows
     )
-    problems = [*progress.problems, *(f"{duty}: {error}" for duty, error in sorted(progress.duty_errors.items()))]
+    duties = [f"{duty}: {error}" for duty, error in sorted(progress.duty_errors.items())]
+    found = [*progress.problems, *duties, *problems]
     return {
         "role": "node",
         "node": agent.node,
-        "healthy": agent.started and not troubled and not problems,
+        "healthy": agent.started and not troubled and not found,
         "started": agent.started,
         "brain": progress.brain or None,
         "disconnected": progress.disconnect_reason or None,
         "zone": agent.zone or None,
         "interfaces": len(agent.attached.interfaces),
         "addresses": len(agent.attached.addresses),
-        "problems": [{"problem": problem} for problem in problems],
+        "problems": [{"problem": problem} for problem in found],
         "tenants": rows,
         "counters": {name: int(metrics.value(counter, labels)) for name, (counter, labels) in _COUNTERS.items()},
     }

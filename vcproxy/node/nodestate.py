@@ -61,6 +61,18 @@ def node_state(rules: NodeRules, facts: NodeFacts, local_addresses: Collection[b
     )
 
 
+def listen_addresses(rules: NodeRules, state: NodeState, local_addresses: Collection[bytes]) -> tuple[bytes, ...]:
+    """Where health-check node ports are accepted, sorted: the node port addresses that are on this node's devices.
+
+    Where a family's node ports are accepted on all addresses, all zeros stand for them; that includes loopback, as in
+    kube-proxy.
+    """
+    wildcards = {prefix.address for prefix in rules.node_port_ranges if prefix.length == 0}
+    families = {len(address) for address in wildcards}
+    found = {address for address in state.node_addresses if len(address) not in families and address in local_addresses}
+    return tuple(sorted(wildcards | found))
+
+
 def _prefixes(field: str, texts: Sequence[str]) -> tuple[Prefix, ...]:
     try:
         return tuple(parse_prefix(text) for text in texts)

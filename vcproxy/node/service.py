@@ -22,8 +22,9 @@ from vcproxy.node.cache import Cache
 from vcproxy.node.config import NodeConfiguration
 from vcproxy.node.holdings import Held, Holdings, SessionEvent
 from vcproxy.node.links import LinkMonitor
-from vcproxy.node.look import health_of, status_of, tenant_rows
+from vcproxy.node.look import health_of, is_healthy, status_of, tenant_rows
 from vcproxy.node.nodestate import node_rules
+from vcproxy.node.servicehealth import HealthCheckNodePorts, socket_limits
 from vcproxy.node.session import Session
 from vcproxy.ops import admin, logs, metrics, views
 from vcproxy.ops.configfile import ConfigError
@@ -65,6 +66,9 @@ class NodeAgent:
             attachments=config.attachments,
             rules=node_rules(config),
         )
+        self._health_checks = HealthCheckNodePorts(
+            self._agent.progress.local, healthy=lambda: is_healthy(self._agent), limits=socket_limits()
+        )
 
     def _sink(self, event: SessionEvent) -> None:
         self._agent.handle(event)
@@ -101,12 +105,13 @@ class NodeAgent:
             log.info("started", node=self.node, tenants=len(self._holdings))
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._agent.run())
+                group.create_task(self._health_checks.run())
                 group.create_task(self._cache.run())
                 group.create_task(self._session.run())
 
     def _routes(self) -> Mapping[str, admin.Provider]:
         return {
-            "/status": lambda _: status_of(self._agent),
+            "/status": lambda _: status_of(self._agent, self._health_checks.problems()),
             "/tenants": lambda query: [
                 row for row in tenant_rows(self._agent) if query.get("tenant") in (None, row["uid"], row["name"])
             ],

@@ -15,7 +15,7 @@ from vcproxy.node.config import DetectLocal, NodeConfiguration
 from vcproxy.node.health import Health
 from vcproxy.node.holdings import Held, Tenant
 from vcproxy.node.look import health_of, status_of
-from vcproxy.node.nodestate import node_rules, node_state
+from vcproxy.node.nodestate import listen_addresses, node_rules, node_state
 from vcproxy.ops import metrics
 from vcproxy.ops.configfile import ConfigError
 
@@ -185,6 +185,24 @@ def test_node_port_addresses(accepted: tuple[str, ...], addresses: list[str]) ->
     state = node_state(rules, NODE_FACTS, KERNEL)
     assert state.node_addresses == tuple(map(parse_address, addresses))
     assert state.own_addresses == NODE_FACTS.addresses
+
+
+@pytest.mark.parametrize(
+    ("accepted", "addresses"),
+    [
+        (("primary",), ["192.168.0.2"]),
+        (("192.168.0.0/16",), ["192.168.0.2", "192.168.1.2"]),
+        (("0.0.0.0/0",), ["0.0.0.0"]),
+        (("0.0.0.0/0", "192.168.0.0/16"), ["0.0.0.0"]),
+        (("192.168.1.0/24", "::/0"), ["192.168.1.2", "::"]),
+        ((), []),
+    ],
+)
+def test_where_load_balancers_may_ask(accepted: tuple[str, ...], addresses: list[str]) -> None:
+    rules = node_rules(NodeConfiguration(node_port_addresses=accepted))
+    elsewhere = parse_address("203.0.113.7")  # of the Node object, but of the cloud's router
+    state = node_state(rules, NodeFacts(addresses=(parse_address("192.168.0.2"), elsewhere)), KERNEL)
+    assert sorted(listen_addresses(rules, state, KERNEL)) == sorted(map(parse_address, addresses))
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fakes.backend import Kernel
+from tests.unit.node.conftest import FACTS, NODE, MakeRig, service_port
 from vcproxy.model.addresses import parse_address
 from vcproxy.model.endpoints import READY, SERVING, TERMINATING, Endpoint, name_id, pack
 from vcproxy.model.services import Frontend, FrontendKind, PortKey, Protocol, ServicePort
+from vcproxy.model.tenant import Tenant, TenantModel
+from vcproxy.node.holdings import Held
 from vcproxy.node.localpolicy import HealthCheck, LocalPorts, ServiceId, Unserved, local_ports
 
 HERE, THERE = name_id("here"), name_id("there")
@@ -126,18 +131,23 @@ def test_no_local_endpoints(
 
 def test_checks_are_announced_when_they_change_and_not_with_endpoints() -> None:
     found, announced = told(port(("10.1.0.1", ready, HERE))), []
-    found.changed = lambda: announced.append(dict(found.checks))
+    found.changed = lambda services: announced.append({service: found.checks.get(service) for service in services})
     found.update("super", local_ports([port()], HERE), tried=[port().key])
     assert announced == [], "its endpoints are asked for, not announced"
     found.update("super", local_ports([port(health=32001)], HERE), tried=[port().key])
     assert announced.pop() == {WEB: HealthCheck(32001, (4,))}
     found.update("super", local_ports([port(health=0, external=False)], HERE), tried=[port().key])
-    assert announced.pop() == {}
+    assert announced.pop() == {WEB: None}
     found.update("acme", local_ports([port()], HERE))
     assert announced.pop() == {WEB._replace(tenant="acme"): HealthCheck(32000, (4,))}
     found.forget("acme")
-    assert announced.pop() == {}
+    assert announced.pop() == {WEB._replace(tenant="acme"): None}
     found.forget("nobody")
+    found.update("super", local_ports([port()], HERE))
+    announced.clear()
+    found.accept_on((VIPS[4],))
+    assert announced.pop().keys() == {WEB}
+    found.accept_on((VIPS[4],))
     assert not announced
 
 
@@ -167,3 +177,36 @@ def test_incremental_equals_full(updates: list[list[ServicePort | str]]) -> None
         assert dict(found.checks) == dict(full.checks)
         assert +found.unserved("super") == +full.unserved("super")
         assert [found.ready(WEB, family) for family in (4, 6)] == [full.ready(WEB, family) for family in (4, 6)]
+
+
+async def test_an_adopted_tenants_load_balancers_are_answered_before_the_brain_speaks(make_rig: MakeRig) -> None:
+    web = msgspec.structs.replace(port(("10.1.0.1", ready, name_id(NODE))), frontends=service_port("web").frontends)
+    kernel = Kernel()
+    first = await make_rig(kernel=kernel, facts=FACTS)
+    first.sync("acme", web)
+    await first.settle()
+    remembered = Held(Tenant("acme", "acme"), TenantModel([web]), 1, "brain-1", synced=True)
+    second = await make_rig(kernel=kernel, remembered=[remembered], facts=FACTS)
+    assert second.agent.adopted == {"acme"}
+    service, local = WEB._replace(tenant="acme"), second.agent.progress.local
+    assert local.checks == {service: HealthCheck(32000, (4,))}
+    assert local.ready(service, 4) == 1
+    second.sync("acme")
+    await second.settle()
+    assert local.checks == {}
+
+
+async def test_a_rejected_port_is_told_to_nobody(make_rig: MakeRig) -> None:
+    web = port(("10.1.0.1", ready, name_id(NODE)))
+    rig = await make_rig(facts=FACTS)
+    rig.backend.refuse = lambda uid, key: "its node port is another's"
+    rig.sync("acme", web)
+    await rig.settle()
+    service, local = WEB._replace(tenant="acme"), rig.agent.progress.local
+    assert (local.checks[service].port, local.ready(service, 4)) == (32000, 0)
+    rig.backend.refuse = lambda uid, key: ""
+    await rig.settle(after=60)
+    assert local.ready(service, 4) == 1
+    rig.remove("acme")
+    await rig.settle()
+    assert local.checks == {}
