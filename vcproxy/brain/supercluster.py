@@ -49,7 +49,7 @@ class SuperClusterFeed:
         self._broken: dict[Kind, Broken] = {}
         self._problem = ""
         try:
-            self._credentials = _credentials(config)
+            self._credentials = credentials_of(config)
             whereabouts = _whereabouts(config)
             self._wanted = {resource.kind for resource in whereabouts}
             resources = (*TENANT_KINDS, *whereabouts) if config.services else whereabouts
@@ -102,7 +102,7 @@ class SuperClusterFeed:
         while True:
             await asyncio.sleep(READ_AGAIN_SECONDS)
             try:
-                credentials = await asyncio.to_thread(_credentials, self._config)
+                credentials = await asyncio.to_thread(credentials_of, self._config)
                 if credentials != self._credentials:
                     await self._input.rotate(credentials)
                     self._credentials = credentials
@@ -121,5 +121,6 @@ def _whereabouts(config: SuperCluster) -> tuple[Resource[Any], ...]:
     return (nodes, pods) if config.pods else (nodes,)
 
 
-def _credentials(config: SuperCluster) -> Credentials:
+def credentials_of(config: SuperCluster) -> Credentials:
+    """What the configuration says how to reach the super cluster with. Reads files. Raises KubeconfigError."""
     return load_kubeconfig_file(Path(config.kubeconfig)) if config.kubeconfig else in_cluster()

@@ -136,9 +136,13 @@ def _cidrs(flag: str, text: str, words: tuple[str, ...] = ()) -> tuple[str, ...]
 
 async def _both(brain: BrainConfiguration, agent: NodeConfiguration) -> None:
     from vcproxy.brain.service import Brain
+    from vcproxy.brain.supercluster import credentials_of
     from vcproxy.node.service import NodeAgent
+    from vcproxy.ops.events import EventRecorder
 
+    cluster = brain.super_cluster
+    recorder = EventRecorder(lambda: credentials_of(cluster), host=agent.node_name) if cluster else None
     with stopping.signals() as stop:
         async with asyncio.TaskGroup() as group:
             group.create_task(Brain(brain).run(stop))
-            group.create_task(NodeAgent(agent).run(stop))
+            group.create_task(NodeAgent(agent, events=recorder).run(stop))

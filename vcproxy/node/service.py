@@ -16,18 +16,21 @@ from typing import Any
 from vcproxy.backend import registry
 from vcproxy.backend.protocol import Backend
 from vcproxy.model.endpoints import name_id
+from vcproxy.model.tenant import SUPER_UID
 from vcproxy.node import health, proxymetrics
 from vcproxy.node.agent import Agent
 from vcproxy.node.cache import Cache
 from vcproxy.node.config import NodeConfiguration
 from vcproxy.node.holdings import Held, Holdings, SessionEvent
 from vcproxy.node.links import LinkMonitor
+from vcproxy.node.localpolicy import ServiceId
 from vcproxy.node.look import health_of, is_healthy, status_of, tenant_rows
 from vcproxy.node.nodestate import node_rules
 from vcproxy.node.servicehealth import HealthCheckNodePorts, socket_limits
 from vcproxy.node.session import Session
 from vcproxy.ops import admin, logs, metrics, views
 from vcproxy.ops.configfile import ConfigError
+from vcproxy.ops.events import Event, EventRecorder
 from vcproxy.ops.stopping import until_stopped
 
 log = logs.get("node")
@@ -36,11 +39,15 @@ log = logs.get("node")
 class NodeAgent:
     """The program behind `vcproxy node`.
 
-    `backend`: in place of the configured one. Raises ConfigError when the configuration cannot be used, and
-    BackendUnavailable when the backend does not exist.
+    `backend`: in place of the configured one. `events`: what kube-proxy writes Events about is written there; without
+    it (an agent of its own has no credentials for any API server) the log and `status` have it. Raises ConfigError when
+    the configuration cannot be used, and BackendUnavailable when the backend does not exist.
     """
 
-    def __init__(self, config: NodeConfiguration, *, backend: Backend | None = None) -> None:
+    def __init__(
+        self, config: NodeConfiguration, *, backend: Backend | None = None, events: EventRecorder | None = None
+    ) -> None:
+        self._events = events
         self._config = config
         self.node = config.node_name or socket.gethostname().lower()
         self._holdings = Holdings()
@@ -67,7 +74,10 @@ class NodeAgent:
             rules=node_rules(config),
         )
         self._health_checks = HealthCheckNodePorts(
-            self._agent.progress.local, healthy=lambda: is_healthy(self._agent), limits=socket_limits()
+            self._agent.progress.local,
+            healthy=lambda: is_healthy(self._agent),
+            report=self._not_listening,
+            limits=socket_limits(),
         )
 
     def _sink(self, event: SessionEvent) -> None:
@@ -104,10 +114,30 @@ class NodeAgent:
             await stack.enter_async_context(admin.serve(config.admin_socket, self._routes()))
             log.info("started", node=self.node, tenants=len(self._holdings))
             async with asyncio.TaskGroup() as group:
+                if self._events is not None:
+                    self._events.emit(Event("Node", "", self.node, "Normal", "Starting", "StartKubeProxy"))
+                    group.create_task(self._events.run())
                 group.create_task(self._agent.run())
                 group.create_task(self._health_checks.run())
                 group.create_task(self._cache.run())
                 group.create_task(self._session.run())
+
+    def _not_listening(self, service: ServiceId, port: int, reason: str) -> None:
+        """Nobody listens on a health-check node port: tell the super cluster of its own Services."""
+        if self._events is not None and service.tenant == SUPER_UID:
+            name = f"{service.namespace}/{service.name}"
+            note = f'node {self.node} failed to start healthcheck "{name}" on port {port}: {reason}'
+            self._events.emit(
+                Event(
+                    "Service",
+                    service.namespace,
+                    service.name,
+                    "Warning",
+                    "FailedToStartServiceHealthcheck",
+                    "Listen",
+                    note,
+                )
+            )
 
     def _routes(self) -> Mapping[str, admin.Provider]:
         return {
