@@ -24,7 +24,8 @@ KUBERNETES = "1.37.2"
 """The release whose kube-proxy this program stands for."""
 
 _DOUBLING = tuple(0.001 * 2**step for step in range(15))
-_LATENCY = (0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30))
+# The first bound is no use to anybody, but kube-proxy has it: MergeBuckets of component-base begins with a zero.
+_LATENCY = (0, 0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30))
 
 
 def _histogram(name: str, meaning: str, buckets: Sequence[float] = _DOUBLING) -> Histogram:
