@@ -4,7 +4,6 @@ other, the same super cluster, the same questions."""
 from __future__ import annotations
 
 import datetime
-import http.client
 import json
 import secrets
 import socket
@@ -12,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from prometheus_client import Metric
@@ -23,7 +22,7 @@ from e2e.controlplane import ControlPlane
 from e2e.objects import endpoint, endpoint_slice, namespace, node, node_status, service, service_port, slice_port
 from e2e.polling import eventually
 from e2e.relay import Relay
-from vcproxy.lab import Lab, Node, Reply, netns, udp_request
+from vcproxy.lab import Broken, HttpReply, Lab, Node, Refused, Reply, http_get, netns, udp_request
 
 pytestmark = [pytest.mark.controlplane, pytest.mark.packets]
 
@@ -36,14 +35,6 @@ SLICE_PORTS = [slice_port(TARGET, name="http"), slice_port(TARGET, name="ask", p
 TAINT = {"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule", "value": "1"}
 NOT_SHOWN: Mapping[str, str] = {}
 """Metrics of kube-proxy that vcproxy does not have, and why; docs/operations.md has the same."""
-
-
-class Said(NamedTuple):
-    """An answer over HTTP."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: str
 
 
 class Proxies:
@@ -61,15 +52,17 @@ class Proxies:
             lab.serve(pod, tcp=[TARGET], udp=[TARGET])
             self.pods[name] = pod
 
-    def ask(self, name: str, port: int, path: str = "/", *, family: int = 4) -> Said | None:
-        """Ask a node from outside, at its own address; None: nobody listens there."""
+    def ask(self, name: str, port: int, path: str = "/", *, family: int = 4) -> HttpReply | None:
+        """Ask a node from outside, at its own address; None: nobody listens there, or just stopped to."""
         place = self.nodes[name]
-        return get(self.outside.ns, place.ip4 if family == 4 else place.ip6, port, path)
+        said = http_get(self.outside, place.ip4 if family == 4 else place.ip6, port, path)
+        assert isinstance(said, HttpReply | Refused | Broken), said
+        return said if isinstance(said, HttpReply) else None
 
     def metrics(self, name: str) -> dict[str, Metric]:
         """What a Prometheus reads."""
-        said = get(self.nodes[name].ns, "127.0.0.1", METRICS, "/metrics")
-        assert said is not None, f"{name} shows no metrics"
+        said = http_get(self.nodes[name], "127.0.0.1", METRICS, "/metrics")
+        assert isinstance(said, HttpReply), f"{name} shows no metrics: {said}"
         return {family.name: family for family in text_string_to_metric_families(said.body)}
 
     def slices(self, name: str, endpoints: Mapping[str, Mapping[str, Any]]) -> None:
@@ -105,10 +98,10 @@ class Proxies:
 
     def both(
         self, port: int, wanted: int | None, *, family: int = 4, weight: str | None = None
-    ) -> dict[str, Said | None]:
+    ) -> dict[str, HttpReply | None]:
         """Wait until both answer so on a health-check node port; returns the answers."""
 
-        def look() -> dict[str, Said | None]:
+        def look() -> dict[str, HttpReply | None]:
             said = {name: self.ask(name, port, family=family) for name in self.nodes}
             for name, answer in said.items():
                 assert (answer and answer.status) == wanted, f"{name}: {answer}"
@@ -116,22 +109,6 @@ class Proxies:
             return said
 
         return eventually(look, within=30, what=f"{wanted} on port {port} of both nodes")
-
-
-def get(ns: str, address: str, port: int, path: str = "/") -> Said | None:
-    """GET from a namespace; None: nobody listens, or just stopped to."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with netns.socket_in(ns, family, socket.SOCK_STREAM) as made:
-        made.settimeout(5)
-        try:
-            made.connect((address, port))
-            connection = http.client.HTTPConnection(address, port)
-            connection.sock = made
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            return Said(answer.status, dict(answer.getheaders()), answer.read().decode())
-        except (ConnectionRefusedError, ConnectionResetError):
-            return None
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +200,9 @@ def test_a_health_check_node_port_asked_from_outside(proxies: Proxies) -> None:
                 assert ours.headers[header] == theirs.headers[header]
     proxies.slices("asked", {"kube-proxy": READY})  # for the other one an endpoint elsewhere
     for name, status in (("kube-proxy", 200), ("vcproxy", 503)):
-        eventually(lambda name=name, status=status: (proxies.ask(name, port) or (0,))[0] == status, within=15)
+        eventually(
+            lambda name=name, status=status: getattr(proxies.ask(name, port), "status", None) == status, within=15
+        )
 
 
 def test_a_health_check_node_port_comes_and_goes_with_the_policy(proxies: Proxies) -> None:
@@ -328,7 +307,7 @@ def test_a_tainted_node_is_drained_and_not_restarted(proxies: Proxies) -> None:
         for place in proxies.nodes.values():
             proxies.client.patch("Node", place.name, {"spec": {"taints": taints}})
 
-        def look(healthz: int = healthz) -> dict[str, Said | None]:
+        def look(healthz: int = healthz) -> dict[str, HttpReply | None]:
             said = {name: proxies.ask(name, HEALTH, "/healthz") for name in proxies.nodes}
             assert all(answer is not None and answer.status == healthz for answer in said.values()), said
             return said
@@ -357,8 +336,8 @@ def test_the_ports_answer_alike(proxies: Proxies) -> None:
         (METRICS, "/nothing"),
         (HEALTH, "/nothing"),
     ):
-        theirs, ours = (get(place.ns, "127.0.0.1", port, path) for place in proxies.nodes.values())
-        assert theirs is not None and ours is not None
+        theirs, ours = (http_get(place, "127.0.0.1", port, path) for place in proxies.nodes.values())
+        assert isinstance(theirs, HttpReply) and isinstance(ours, HttpReply)
         assert ours.status == theirs.status, (port, path)
         if theirs.status == 200:
             assert (ours.body, ours.headers["Content-Type"]) == (theirs.body, theirs.headers["Content-Type"])

@@ -8,6 +8,7 @@ and it builds in a fraction of a second. See `topology` for how to make one, `wi
 from vcproxy.lab.dial import (
     Broken,
     DialFailed,
+    HttpReply,
     Outcome,
     Place,
     Refused,
@@ -15,6 +16,7 @@ from vcproxy.lab.dial import (
     TcpSession,
     TimedOut,
     Unreachable,
+    http_get,
     tcp_request,
     udp_request,
 )
@@ -25,6 +27,7 @@ __all__ = [
     "Broken",
     "Client",
     "DialFailed",
+    "HttpReply",
     "Lab",
     "LabError",
     "LabUnavailable",
@@ -38,6 +41,7 @@ __all__ = [
     "Tenant",
     "TimedOut",
     "Unreachable",
+    "http_get",
     "require_root",
     "tcp_request",
     "udp_request",

@@ -11,12 +11,14 @@ once.
 from __future__ import annotations
 
 import errno
+import http.client
 import json
 import os
 import select
 import socket
 import struct
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -53,6 +55,15 @@ class Reply:
     """The client's address as the client has it."""
     seconds: float
     """From the first packet to the answer."""
+
+
+@dataclass(frozen=True)
+class HttpReply:
+    """A web server answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: str
 
 
 @dataclass(frozen=True)
@@ -184,6 +195,22 @@ def udp_request(
             sock.setsockopt(*_RECVERR[sock.family], 1)
             sock.send(b"who?")
             return _reply(sock.recv(65536), sock, started)
+        except OSError as error:
+            return _failure(error)
+
+
+def http_get(place: Place, dst: str, port: int, path: str = "/", *, timeout: float = 5.0) -> HttpReply | Failure:
+    """One GET over a connection of its own."""
+    with _socket(place, socket.SOCK_STREAM, dst, source_port=0, device=None, timeout=timeout) as sock:
+        connection = http.client.HTTPConnection(dst, port)
+        try:
+            _connect(sock, (dst, port), timeout)
+            connection.sock = sock
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return HttpReply(answer.status, dict(answer.getheaders()), answer.read().decode())
+        except http.client.RemoteDisconnected:
+            return Broken()
         except OSError as error:
             return _failure(error)
 

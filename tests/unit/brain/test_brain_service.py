@@ -165,6 +165,26 @@ async def test_a_super_cluster_and_tenants_reach_a_node(tmp_path: Path, super_ap
             await found.ask("/services", tenant="acme")
 
 
+async def test_a_node_learns_that_its_node_is_on_its_way_out(tmp_path: Path, super_api: FakeApiServer) -> None:
+    """Taint, deletionTimestamp, and gone; what it takes back comes back."""
+    leaving = NODE | {"metadata": NODE["metadata"] | {"deletionTimestamp": "2026-01-01T00:00:00Z"}}
+    tainted = NODE | {"spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]}}
+    async with running(tmp_path, super_cluster(tmp_path)), node(tmp_path) as (_, events):
+
+        async def eligible(wanted: bool) -> None:
+            await until(lambda: (told := last(events, FactsChanged)) and told.facts.eligible is wanted)
+
+        await eligible(True)
+        for changed in (tainted, leaving):
+            super_api.put("Node", changed)
+            await eligible(False)
+            assert last(events, FactsChanged).facts.addresses == (parse_address("192.0.2.1"),), "all else stays"
+            super_api.put("Node", NODE)
+            await eligible(True)
+        super_api.delete("Node", "", "n1")
+        await eligible(False)
+
+
 async def test_without_a_super_cluster_tenants_go_where_their_files_say(
     tmp_path: Path, kubeconfig_of_nobody: str
 ) -> None:
