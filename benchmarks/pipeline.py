@@ -24,6 +24,7 @@ from vcproxy.kube import shapes
 from vcproxy.lab import netns
 from vcproxy.model.services import ServicePort
 from vcproxy.model.tenant import Tenant, TenantModel
+from vcproxy.node.localpolicy import local_ports
 from vcproxy.node.resolver import NodeView, resolve
 from vcproxy.pb import convert
 from vcproxy.pb.distribution_pb2 import BrainMessage
@@ -128,6 +129,7 @@ def first_load(stages: Stages, services: int, endpoints: int) -> dict[str, Any]:
     assert model.digest == stored.model.digest
     with stages.timed("node: resolve"):
         forwarded = resolve(list(model), NodeView.of("node-1"))
+        local_ports(list(model), NodeView.of("node-1").node_id)
     netns.create(NAMESPACE)
     try:
         with netns.entered(NAMESPACE):
@@ -219,7 +221,9 @@ def one_endpoint(
         operations = [convert.decode_operation(UID, operation) for operation in message.operations]
         touched = model.apply(operations)
         received = time.perf_counter()
-        forwarded = resolve([model.ports[key] for key in touched], view)
+        ports = [model.ports[key] for key in touched]
+        forwarded = resolve(ports, view)
+        local_ports(ports, view.node_id)
         resolved = time.perf_counter()
         backend.apply(TenantUpdate(UID, put=tuple(forwarded)))
         committed = time.perf_counter()

@@ -92,6 +92,8 @@ class Duties:
     def learn(self, facts: NodeFacts) -> None:
         """The brain told these facts of the node."""
         if facts != self.facts:
+            if self.facts is not None and facts.eligible != self.facts.eligible:
+                log.info("load balancers are told of the Node's fate by /healthz", eligible=facts.eligible)
             self.facts = facts
             self.attend(NODE)
             self.attend(ATTACH)

@@ -70,6 +70,7 @@ def status_of(agent: Agent, problems: Iterable[str] = ()) -> dict[str, Any]:
         "brain": progress.brain or None,
         "disconnected": progress.disconnect_reason or None,
         "zone": agent.zone or None,
+        "eligible": agent.facts is not None and agent.facts.eligible,
         "interfaces": len(agent.attached.interfaces),
         "addresses": len(agent.attached.addresses),
         "problems": [{"problem": problem} for problem in found],

@@ -8,10 +8,12 @@ kube-proxy runs a proxier for each IP family, with transactions of its own; here
 is about transactions is told for both families alike, and what is about endpoints for the families that they have.
 """
 
+import functools
 import platform
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import metadata
+from typing import TypeVar
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -22,6 +24,8 @@ from vcproxy.ops.metrics import REGISTRY
 
 KUBERNETES = "1.37.2"
 """The release whose kube-proxy this program stands for."""
+
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
 _DOUBLING = tuple(0.001 * 2**step for step in range(15))
 # The first bound is no use to anybody, but kube-proxy has it: MergeBuckets of component-base begins with a zero.
@@ -93,6 +97,12 @@ BUILD = Gauge(
 )
 
 
+@functools.cache
+def _families(metric: Metric) -> tuple[Metric, ...]:
+    """A metric's series of both families, which the library would look up, under a lock, at each commit."""
+    return tuple(metric.labels(family) for family in FAMILY_NAMES.values())
+
+
 def begin() -> None:
     """This process is a proxy: show what kube-proxy shows before it has done anything."""
     major, minor, _ = KUBERNETES.split(".")
@@ -113,7 +123,8 @@ def begin() -> None:
 
 def queued() -> None:
     """A sync is due."""
-    _each(LAST_QUEUED, time.time())
+    for gauge in _families(LAST_QUEUED):
+        gauge.set_to_current_time()
 
 
 def seen(change: Extent) -> None:
@@ -126,9 +137,8 @@ def seen(change: Extent) -> None:
 
 def tried(seconds: float, *, full: bool) -> None:
     """A sync took so long, whatever came of it: nothing is pending but what arrived meanwhile or is tried again."""
-    for family in FAMILY_NAMES.values():
-        SYNC.labels(family).observe(seconds)
-        (FULL_SYNC if full else PARTIAL_SYNC).labels(family).observe(seconds)
+    for histogram in (*_families(SYNC), *_families(FULL_SYNC if full else PARTIAL_SYNC)):
+        histogram.observe(seconds)
 
 
 def took_up() -> None:
@@ -139,7 +149,8 @@ def took_up() -> None:
 
 def synced() -> None:
     """All that was due is programmed."""
-    _each(LAST_SYNC, time.time())
+    for gauge in _families(LAST_SYNC):
+        gauge.set_to_current_time()
 
 
 def programmed(families: Iterable[str], event_ns: int) -> None:
@@ -164,16 +175,11 @@ def unserved(counts: Mapping[Unserved, int]) -> None:
 
 def sync_failed() -> None:
     """A sync failed."""
-    for family in FAMILY_NAMES.values():
-        SYNC_FAILURES.labels(family).inc()
+    for counter in _families(SYNC_FAILURES):
+        counter.inc()
 
 
 def cleanup_failed() -> None:
     """What is nobody's could not be removed."""
-    for family in FAMILY_NAMES.values():
-        CLEANUP_FAILURES.labels(family).inc()
-
-
-def _each(gauge: Gauge, value: float) -> None:
-    for family in FAMILY_NAMES.values():
-        gauge.labels(family).set(value)
+    for counter in _families(CLEANUP_FAILURES):
+        counter.inc()

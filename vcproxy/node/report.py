@@ -8,7 +8,7 @@ return, or failures with no success in between, are the node's trouble.
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -17,7 +17,7 @@ from vcproxy.model.services import PortKey
 from vcproxy.model.tenant import SUPER_UID
 from vcproxy.node import proxymetrics
 from vcproxy.node.holdings import Extent
-from vcproxy.node.localpolicy import LocalPort, LocalPorts
+from vcproxy.node.localpolicy import LocalPort, LocalPorts, Unserved
 from vcproxy.node.pending import Task
 from vcproxy.node.worker import Done
 from vcproxy.ops import metrics
@@ -52,6 +52,7 @@ class Progress:
         self._clock = clock
         self.tenants: dict[str, TenantState] = {}
         self.local = LocalPorts()
+        self._unserved: Mapping[Unserved, int] | None = None  # as last shown
         self.problems: tuple[str, ...] = ()
         self.duty_errors: dict[str, str] = {}
         self.brain = ""
@@ -123,10 +124,12 @@ class Progress:
         """A backend call programmed (a chunk of) a task: the ports `tried`, None: all."""
         metrics.OPERATIONS.inc(done.applied.operations)
         self.note_local(uid, done.local, tried)
+        timing = task.timing
+        if timing is not None and timing.received:  # by the brain's clock, which no tenant sets
+            metrics.PROPAGATION.observe(max(time.time() - timing.received / 1e9, 0))
         if uid != SUPER_UID:
             return
         proxymetrics.reconciled(done.applied.reconciled)
-        timing = task.timing
         # As kube-proxy does: what changed before this process started says nothing about its speed.
         if timing is not None and timing.event / 1e9 >= self._born:
             proxymetrics.programmed(done.families, timing.event)
@@ -134,8 +137,9 @@ class Progress:
     def note_local(self, uid: str, found: tuple[LocalPort, ...], tried: Collection[PortKey] | None) -> None:
         """Of the ports `tried` (None: all) these have a Local policy, and are programmed so."""
         self.local.update(uid, found, tried=tried, refused=self._rejected(uid))
-        if uid == SUPER_UID:
-            proxymetrics.unserved(self.local.unserved(uid))
+        if uid == SUPER_UID and self._unserved != (unserved := self.local.unserved(uid)):
+            self._unserved = dict(unserved)
+            proxymetrics.unserved(unserved)
 
     def _rejected(self, uid: str) -> Collection[PortKey]:
         state = self.tenants.get(uid)

@@ -41,6 +41,9 @@ COMPILE = Histogram("vcproxy_compile_seconds", "From watch event to new revision
 COMMIT = Histogram(
     "vcproxy_commit_seconds", "From change received to kernel committed", buckets=_SECONDS, registry=REGISTRY
 )
+PROPAGATION = Histogram(
+    "vcproxy_propagation_seconds", "From read by the brain to kernel committed", buckets=_SECONDS, registry=REGISTRY
+)
 COMMITTED = Counter("vcproxy_committed", "Tenant revisions committed", ["tenant"], registry=REGISTRY)
 RECEIVED = Counter("vcproxy_received", "Tenant contents received from a brain", ["message"], registry=REGISTRY)
 OPERATIONS = Counter("vcproxy_kernel_operations", "Kernel elements added and removed", registry=REGISTRY)

@@ -169,10 +169,12 @@ async def test_a_tenant_moves_none_of_them(make_rig: MakeRig) -> None:
     await rig.settle()
     rig.backend.fail = broken("apply", uid="acme", times=3)
     rig.change("acme", service_port("web", "10.0.1.9"))
-    rig.agent.handle(TenantChanged("acme", frozenset({WEB.key}), 3, Timing(event=time.time_ns())))
+    now = time.time_ns()
+    rig.agent.handle(TenantChanged("acme", frozenset({WEB.key}), 3, Timing(event=now, received=now)))
     for _ in range(5):
         await rig.settle(after=10)
     assert since.changed() == set()
+    assert since("vcproxy_propagation_seconds_count") == 1, "what all of them have is vcproxy's own"
 
 
 @pytest.mark.parametrize(
