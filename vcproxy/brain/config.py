@@ -69,6 +69,13 @@ class TenantPolicy(Section, frozen=True):
         Meta(description="CIDRs that external and load-balancer IPs must lie in; empty: tenants get none"),
     ] = field(name="externalIPRanges", default=())
     node_ports: Annotated[bool, Meta(description="tenants may have NodePorts on the shared nodes' addresses")] = False
+    node_port_range: Annotated[
+        str,
+        Meta(
+            description="which numbers; keep them apart from the super cluster's --service-node-port-range",
+            pattern="^[0-9]+-[0-9]+$",
+        ),
+    ] = "30000-32767"
     limits: Limits = Limits()
 
 

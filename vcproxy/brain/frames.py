@@ -8,7 +8,7 @@ safe meaning raises Unusable.
 
 from collections.abc import Iterable, Mapping
 
-from vcproxy.brain.guard import Policy, Reason, Refusals, Unusable, judge_external_ip, judge_virtual_ip
+from vcproxy.brain.guard import Policy, Reason, Refusals, Unusable, judge_external_ip, judge_node_port, judge_virtual_ip
 from vcproxy.brain.slices import LONGEST_NAME, parse_protocol
 from vcproxy.kube import shapes
 from vcproxy.model.addresses import AddressError, Prefix, parse_address, parse_prefix
@@ -140,8 +140,8 @@ def _node_ports(
 ) -> list[Frontend]:
     if not port.node_port:
         return []
-    if not policy.node_ports:
-        refusals.add("spec.ports[].nodePort", Reason.NODE_PORT, str(port.node_port))
+    if (reason := judge_node_port(port.node_port, policy)) is not None:
+        refusals.add("spec.ports[].nodePort", reason, str(port.node_port))
         return []
     return [Frontend(FrontendKind.NODE_PORT, _ANY_NODE[family], port.node_port) for family in families]
 
@@ -193,8 +193,8 @@ def _health_check_node_port(spec: shapes.ServiceSpec, policy: Policy, refusals: 
     asked = spec.health_check_node_port
     if not asked or spec.type != "LoadBalancer" or spec.external_traffic_policy != "Local":
         return 0
-    if not policy.node_ports:
-        refusals.add("spec.healthCheckNodePort", Reason.NODE_PORT, str(asked))
+    if (reason := judge_node_port(asked, policy)) is not None:
+        refusals.add("spec.healthCheckNodePort", reason, str(asked))
         return 0
     return asked
 

@@ -33,6 +33,7 @@ class Reason(enum.StrEnum):
     OUTSIDE_VIRTUAL_RANGES = "outside-virtual-ranges"
     EXTERNAL_IP = "external-ip-not-granted"
     NODE_PORT = "node-port-not-granted"
+    NODE_PORT_RANGE = "node-port-outside-range"
     LIMIT = "over-limit"
     MALFORMED = "malformed"
 
@@ -42,6 +43,7 @@ CURES = {
     Reason.OUTSIDE_VIRTUAL_RANGES: "use a ClusterIP inside the operator's virtualIPRanges, or ask for the range",
     Reason.EXTERNAL_IP: "ask the operator to grant the address in externalIPRanges",
     Reason.NODE_PORT: "ask the operator for nodePorts",
+    Reason.NODE_PORT_RANGE: "use a port inside the operator's nodePortRange (kube-apiserver --service-node-port-range)",
     Reason.LIMIT: "delete objects that are no longer needed, or ask the operator for a higher limit",
     Reason.MALFORMED: "correct the field",
 }
@@ -117,16 +119,17 @@ class Policy(msgspec.Struct, frozen=True):
 
     `virtual_ip_ranges`: where ClusterIPs must lie; None: anywhere. `external_ip_ranges`: where external and
     load-balancer IPs must lie; None: anywhere; empty: there are none. `node_ports`: ports on the shared nodes' own
-    addresses. `limits` None: unlimited.
+    addresses, `node_port_range`: which. `limits` None: unlimited.
     """
 
     virtual_ip_ranges: tuple[Prefix, ...] | None = None
     external_ip_ranges: tuple[Prefix, ...] | None = ()
     node_ports: bool = False
+    node_port_range: range = range(30000, 32768)
     limits: Limits | None = Limits()
 
 
-UNRESTRICTED = Policy(external_ip_ranges=None, node_ports=True, limits=None)
+UNRESTRICTED = Policy(external_ip_ranges=None, node_ports=True, node_port_range=range(1, 65536), limits=None)
 """The super cluster's: only what is never allowed is refused."""
 
 NEVER = tuple(
@@ -175,6 +178,17 @@ def judge_external_ip(address: bytes, policy: Policy) -> Reason | None:
     if policy.external_ip_ranges is not None and not covered(address, policy.external_ip_ranges):
         return Reason.EXTERNAL_IP
     return None
+
+
+def judge_node_port(port: int, policy: Policy) -> Reason | None:
+    """Why a port of the shared nodes' own addresses may not be had, be it for NodePorts or health checks; None: it may.
+
+    The range is what keeps a tenant, whose API server gives out whatever it is told to, from the ports that the nodes'
+    own programs and the super cluster's Services have.
+    """
+    if not policy.node_ports:
+        return Reason.NODE_PORT
+    return None if port in policy.node_port_range else Reason.NODE_PORT_RANGE
 
 
 def judge_virtual_ranges(asked: Iterable[Prefix], policy: Policy) -> tuple[Prefix, ...]:

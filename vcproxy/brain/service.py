@@ -151,12 +151,20 @@ def grant_of(tenants: configuration.Tenants) -> Grant:
             virtual_ip_ranges=virtual or None,
             external_ip_ranges=_prefixes("externalIPRanges", policy.external_ip_ranges),
             node_ports=policy.node_ports,
+            node_port_range=_ports("nodePortRange", policy.node_port_range),
             limits=guard.Limits(limits.services, limits.endpoints, limits.endpoints_per_service),
         ),
         events_per_second=limits.events_per_second,
         client=ClientLimits(object_bytes=limits.object_bytes),
         timing=Timing(inactivity=tenants.silence_seconds),
     )
+
+
+def _ports(field: str, text: str) -> range:
+    first, last = map(int, text.split("-"))
+    if not 0 < first <= last <= 65535:
+        raise ConfigError(f"tenants.policy.{field} {text}: write FIRST-LAST, within 1-65535")
+    return range(first, last + 1)
 
 
 def _prefixes(field: str, texts: tuple[str, ...]) -> tuple[Prefix, ...]:

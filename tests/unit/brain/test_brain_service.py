@@ -300,6 +300,8 @@ def test_a_configuration_that_cannot_be_used(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"tenants\.policy\.virtualIPRanges"):
         Brain(configured(tmp_path, None, policy=TenantPolicy(virtual_ip_ranges=("10.0.0.0/33",))))
+    with pytest.raises(ConfigError, match=r"tenants\.policy\.nodePortRange 40000-30000"):
+        Brain(configured(tmp_path, None, policy=TenantPolicy(node_port_range="40000-30000")))
 
 
 async def test_a_super_cluster_that_cannot_be_read(tmp_path: Path) -> None:

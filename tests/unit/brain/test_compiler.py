@@ -282,6 +282,8 @@ def test_health_check_node_port_is_granted_with_node_ports() -> None:
     found = service(type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=32000)
     granted = compile_service(found, [], Policy(node_ports=True))
     assert (granted.ports[0].health_check_node_port, granted.refusals) == (32000, ())
+    elsewhere = Policy(node_ports=True, node_port_range=range(40000, 40100))
+    assert compile_service(found, [], elsewhere).refusals[0].reason is Reason.NODE_PORT_RANGE
     (port,), (refusal,) = compile_service(found, [], Policy())
     assert port.health_check_node_port == 0
     assert dialled(port) == ["CLUSTER_IP 10.96.0.1:80"], "the rest of the Service goes on"
