@@ -213,7 +213,7 @@ class HealthCheckNodePorts:
             self._open.setdefault(service, {}).update(opened)
             self._owners.update(dict.fromkeys(opened, service))
             self._used[service.tenant] += len(opened)
-            log.info("health-check node port opened", tenant=service.tenant, service=_name(service), on=_texts(opened))
+            log.debug("health-check node port opened", tenant=service.tenant, service=_name(service), on=_texts(opened))
         self._failed.pop(service, None)
 
     def _admit(self, tenant: str, more: int) -> None:
@@ -240,7 +240,7 @@ class HealthCheckNodePorts:
         if not self._used[service.tenant]:
             del self._used[service.tenant]
         if closed:
-            log.info("health-check node port closed", tenant=service.tenant, service=_name(service), on=_texts(closed))
+            log.debug("health-check node port closed", tenant=service.tenant, service=_name(service), on=_texts(closed))
         return bool(closed)
 
     def _fail(self, service: ServiceId, failure: _Failure) -> None:

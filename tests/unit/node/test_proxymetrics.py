@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
+import aiohttp
 import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fakes.backend import broken
 from tests.unit.node.conftest import FACTS, NODE, MakeRig, Rig, service_port
 from vcproxy.model.services import ServicePort
 from vcproxy.model.tenant import SUPER_UID, TenantModel
 from vcproxy.model.timing import Timing
+from vcproxy.node import proxymetrics
 from vcproxy.node.holdings import Extent, TenantChanged
 from vcproxy.node.receiver import extent
 from vcproxy.ops import metrics
@@ -194,3 +199,26 @@ async def test_a_tenant_moves_none_of_them(make_rig: MakeRig) -> None:
 def test_the_extent_of_a_change(old: list[ServicePort], new: list[ServicePort], wanted: Extent) -> None:
     before, after = TenantModel(old), TenantModel(new)
     assert extent({**dict.fromkeys(after.ports), **before.ports}, after) == wanted
+
+
+async def test_what_a_prometheus_reads() -> None:
+    proxymetrics.begin()
+    async with (
+        metrics.serve("127.0.0.1:0", {"/metrics": metrics.show}) as address,
+        aiohttp.ClientSession() as session,
+        session.get(f"http://{address}/metrics") as answer,
+    ):
+        families = {family.name: family for family in text_string_to_metric_families(await answer.text())}
+    (build,) = families["kubernetes_build_info"].samples
+    assert build.labels["git_version"].startswith(f"v{proxymetrics.KUBERNETES}+vcproxy.")
+    assert (build.labels["major"], build.labels["minor"]) == tuple(proxymetrics.KUBERNETES.split(".")[:2])
+    assert families["kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds"].type == "gauge"
+    assert families["kubeproxy_sync_proxy_rules_no_local_endpoints_total"].type == "gauge", "as kube-proxy's"
+    assert not [name for name in families if name.endswith("_created")]
+
+
+def test_a_brain_shows_none_of_them() -> None:
+    script = "import vcproxy.brain.service as b; print(b.metrics.prometheus_client.generate_latest(b.metrics.REGISTRY))"
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "vcproxy_nodes_connected" in shown
+    assert "kubeproxy_" not in shown

@@ -1,13 +1,16 @@
 """The node agent as a process would run it, with the brain down and a backend in memory."""
 
 import asyncio
+import socket
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aiohttp
 import msgspec
 import pytest
 
+from tests.fakes.apiserver import FakeApiServer
 from tests.fakes.backend import FakeBackend, Kernel
 from tests.unit.node.conftest import FACTS, NODE, service_port
 from vcproxy.brain.config import Listen
@@ -15,13 +18,14 @@ from vcproxy.brain.distribution import Distributor
 from vcproxy.brain.placement import Claim, Placement
 from vcproxy.brain.store import Store
 from vcproxy.model.addresses import parse_address
-from vcproxy.model.tenant import Tenant, TenantModel
+from vcproxy.model.tenant import SUPER_UID, Tenant, TenantModel
 from vcproxy.node.cache import Cache
 from vcproxy.node.config import Attachment, BrainAddress, NodeConfiguration
 from vcproxy.node.holdings import Held, Holdings
 from vcproxy.node.service import NodeAgent
 from vcproxy.ops import admin
 from vcproxy.ops.configfile import ConfigError
+from vcproxy.ops.events import EventRecorder
 from vcproxy.ops.pki import Authority
 
 WEB = service_port("web", "10.0.1.1")
@@ -138,6 +142,41 @@ async def test_with_a_real_brain_over_mutual_tls(config: NodeConfiguration, tmp_
         await until(lambda: "acme" not in tables)
         stop.set()
         serving.cancel()
+
+
+async def test_the_super_cluster_is_told_of_its_own_services_by_events(
+    config: NodeConfiguration, unused_tcp_port_factory: Callable[[], int]
+) -> None:
+    """Two Services, the super cluster's and a tenant's, want health-check node ports where others listen."""
+    ports = {uid: unused_tcp_port_factory() for uid in (SUPER_UID, "acme")}
+    holdings = Holdings()
+    cache = Cache(Path(config.state_directory), node=NODE, holdings=holdings)
+    for uid, port in ports.items():
+        web = msgspec.structs.replace(WEB, external_local=True, health_check_node_port=port)
+        holdings.put(Held(Tenant(uid, uid), TenantModel([web]), 3, "brain-1", synced=True))
+        cache.keep(uid)
+    cache.keep_node(FACTS, {})
+    await cache.flush()
+    config = msgspec.structs.replace(config, node_port_addresses=("0.0.0.0/0",))
+    stop, path = asyncio.Event(), "/apis/events.k8s.io/v1/events"
+    async with AsyncExitStack() as stack:
+        for port in ports.values():
+            stack.enter_context(socket.create_server(("0.0.0.0", port)))
+        api = await stack.enter_async_context(FakeApiServer())
+        group = await stack.enter_async_context(asyncio.TaskGroup())
+        agent = NodeAgent(config, backend=FakeBackend(), events=EventRecorder(lambda: api.credentials, host=NODE))
+        group.create_task(agent.run(stop))
+        await until(lambda: len(api.objects("Event", path=path)) == 2)
+        problems = (await admin.fetch(config.admin_socket, "/status"))["problems"]
+        stop.set()
+    starting, failed = sorted(api.objects("Event", path=path), key=lambda event: event["type"])
+    assert (starting["reason"], starting["regarding"]["kind"]) == ("Starting", "Node")
+    assert (failed["reason"], failed["regarding"]["name"]) == ("FailedToStartServiceHealthcheck", "web")
+    assert failed["note"] == (
+        f'node {NODE} failed to start healthcheck "default/web" on port {ports[SUPER_UID]}: '
+        f"listen 0.0.0.0:{ports[SUPER_UID]}: Address already in use"
+    )
+    assert {problem["problem"].partition(":")[0] for problem in problems} == {"tenant acme", "tenant super"}
 
 
 def test_an_attachment_is_one_thing(config: NodeConfiguration) -> None:
