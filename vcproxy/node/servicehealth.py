@@ -35,7 +35,7 @@ from vcproxy.ops import logs
 
 # kube-proxy tries again at its next sync, after 30 s at the latest.
 RETRY_SECONDS = 30.0
-FREED_SECONDS = 1.0
+FREED_SECONDS = 2.0
 """After a listener was closed those that failed are tried again, but not for each: a tenant may open and close many."""
 TOLD = 50
 """Failures of one tenant that are logged; all are counted in `problems`."""
@@ -199,9 +199,11 @@ class HealthCheckNodePorts:
                 if place not in held:
                     self._admit(service.tenant, len(opened) + 1)
                     opened[place] = await _bind(place, http)
-        except (OSError, _Refused) as error:
+        except BaseException as error:
             for server in opened.values():
                 server.close()
+            if not isinstance(error, OSError | _Refused):
+                raise
             self._close(service, held)
             if isinstance(error, OSError):
                 cure = "free the port, or give the Service another healthCheckNodePort"
@@ -312,7 +314,9 @@ class _Http(web.Server):
         """Somebody connected: he has some seconds."""
         super().connection_made(handler, transport)
         if len(self._lives) >= self._most:
-            next(iter(self._lives.values()))[0].abort()
+            oldest, oldest_timer = self._lives.pop(next(iter(self._lives)))
+            oldest_timer.cancel()
+            oldest.abort()
         timer = asyncio.get_running_loop().call_later(CONNECTION_SECONDS, transport.abort)
         self._lives[handler] = (transport, timer)
 
