@@ -19,6 +19,7 @@ from tests.packets.programmed import (
     programmed,
     service,
 )
+from vcproxy.backend.protocol import Applied
 from vcproxy.lab import (
     Client,
     Lab,
@@ -386,6 +387,11 @@ class Sender:
             return ""
 
 
+def ended(applied: Applied, family: int) -> int:
+    """Flows of a family that an update ended, as it says itself."""
+    return sum(look.flows for look in applied.reconciled if look.family == family)
+
+
 @families
 @pytest.mark.parametrize("kind", [FrontendKind.CLUSTER_IP, *EXTERNAL[::2]], ids=["ClusterIP", "NodePort", "LB"])
 def test_a_udp_flow_leaves_an_endpoint_that_goes(cluster: Cluster, family: int, kind: FrontendKind) -> None:
@@ -393,7 +399,8 @@ def test_a_udp_flow_leaves_an_endpoint_that_goes(cluster: Cluster, family: int, 
     client = cluster.client if kind is FrontendKind.CLUSTER_IP else cluster.outside
     with Sender(client, family, *cluster.dialled(kind, family)) as sender:
         assert sender.ask() == "near"
-        cluster.backend.put("super", service(published(), [cluster.far], protocol=Protocol.UDP))
+        applied = cluster.backend.put("super", service(published(), [cluster.far], protocol=Protocol.UDP))
+        assert ended(applied, family) >= 1
         assert sender.ask() == "far"
 
 
@@ -405,9 +412,10 @@ def test_a_udp_flow_stays_with_an_endpoint_that_still_serves(cluster: Cluster, f
     )
     with Sender(cluster.client, family, VIP[family], 80) as sender:
         assert sender.ask() == "near"
-        cluster.backend.put(
+        applied = cluster.backend.put(
             "super", service(cluster_ip(*VIP.values()), [cluster.far], serving=both, protocol=Protocol.UDP)
         )
+        assert ended(applied, family) == 0
         assert sender.ask() == "near"
 
 
