@@ -319,7 +319,9 @@ async def test_after_a_longer_one_the_list_is_the_truth(recorder: Recorder) -> N
                 api.put("Pod", {"metadata": {"namespace": "demo", "name": f"p{index}"}})
             await api.start(api.port)
             await recorder.until(lambda: bool(recorder.of(Recovered)))
-    assert [names(event) for event in recorder.of(Listed)] == [["old"], []]
+    # A busy machine may take longer for an answer than this client waits: then there are more lists.
+    lists = [names(event) for event in recorder.of(Listed)]
+    assert (lists[0], lists[-1]) == (["old"], [])
 
 
 async def test_a_server_that_ends_every_watch_at_once_is_asked_ever_more_rarely(
