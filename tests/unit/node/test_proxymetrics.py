@@ -14,6 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fakes.backend import broken
 from tests.unit.node.conftest import FACTS, NODE, MakeRig, Rig, service_port
+from vcproxy.model.addresses import parse_address
+from vcproxy.model.node import NodeFacts
 from vcproxy.model.services import ServicePort
 from vcproxy.model.tenant import SUPER_UID, TenantModel
 from vcproxy.model.timing import Timing
@@ -106,6 +108,22 @@ async def test_a_removal_that_fails_is_a_cleanup_that_failed(make_rig: MakeRig, 
     await rig.settle()
     assert since(f"{RULES}_nftables_cleanup_failures_total", ip_family="IPv4") == 1
     assert since(f"{RULES}_nftables_sync_failures_total", ip_family="IPv4") == 0
+
+
+@pytest.mark.parametrize(("call", "sync", "cleanup"), [("set_node", 1, 0), ("attach", 1, 0), ("tenants", 0, 1)])
+async def test_a_duty_that_fails(make_rig: MakeRig, call: str, sync: int, cleanup: int) -> None:
+    """What the node itself needs is the super cluster's too; looking for what is nobody's any more is a clean-up."""
+    rig = await make_rig(facts=FACTS)
+    rig.complete("acme")
+    await rig.settle()
+    before = Since.now()
+    rig.backend.fail = broken(call, times=1)
+    rig.facts(NodeFacts(zone="z", addresses=(parse_address("192.168.0.9"),)))
+    rig.place({"10.0.1.9": "acme"})
+    rig.complete("acme")
+    await rig.settle()
+    assert before(f"{RULES}_nftables_sync_failures_total", ip_family="IPv4") == sync
+    assert before(f"{RULES}_nftables_cleanup_failures_total", ip_family="IPv4") == cleanup
 
 
 def arrive(rig: Rig, change: Extent, timing: Timing | None = None) -> None:
