@@ -24,10 +24,10 @@ from typing import Any
 
 from e2e import objects
 from e2e.apiclient import ApiClient
-from e2e.conformance.relay import Relay
 from e2e.controlplane import ControlPlane, find_binaries
 from e2e.polling import eventually
 from e2e.processes import Process
+from e2e.relay import Relay
 from vcproxy.lab import Client, Lab, Node, Pod, Reply, netns, tcp_request
 from vcproxy.lab.load import Load, Result, Target
 

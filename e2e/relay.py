@@ -1,6 +1,8 @@
-"""An API server of this machine's loopback, on the loopback of a network namespace too: at the same address and port.
+"""An API server of this machine's loopback, on the loopback of a network namespace.
 
-So one kubeconfig is right inside and outside, and nothing of the machine's own network is changed for it.
+A proxy under test lives in a node's namespace and has to reach the API server with a plain kubeconfig. A veth to the
+machine's own network would do, but then tests would touch that network; so bytes are carried by a thread instead, which
+owns sockets on both sides. TLS goes through untouched.
 """
 
 from __future__ import annotations
@@ -15,52 +17,62 @@ from vcproxy.lab import netns
 
 
 class Relay:
-    """Relays connections to 127.0.0.1:`port` of the namespace to the same here, while the context is open."""
+    """127.0.0.1:PORT in a namespace is 127.0.0.1:PORT of this process's, while the context is open."""
 
     def __init__(self, ns: str, port: int) -> None:
         self._port = port
         self._listener = netns.socket_in(ns, socket.AF_INET, socket.SOCK_STREAM)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._listener.bind(("127.0.0.1", port))
+        self._listener.listen()
+        self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
-        self._over = asyncio.Event()
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop.call_soon_threadsafe(self._over.set)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    async def _serve(self) -> None:
-        server = await asyncio.start_server(self._relay, sock=self._listener)
-        async with server:
-            await self._over.wait()
-        mine = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in mine:
-            task.cancel()
-        await asyncio.gather(*mine, return_exceptions=True)
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._carry, sock=self._listener)
 
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _end(self) -> None:
+        self._server.close()
+        mine = asyncio.current_task()
+        for writer in self._writers:
+            writer.transport.abort()
+        await asyncio.gather(*(task for task in asyncio.all_tasks() if task is not mine))
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._port)
-        except OSError:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        except OSError:  # the API server is down: so is its relay
             writer.close()
             return
-        await asyncio.gather(_pump(reader, there_writer), _pump(there_reader, writer))
+        self._writers |= {writer, far_writer}
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_pump(reader, far_writer))
+                group.create_task(_pump(far_reader, writer))
+        except* OSError:
+            pass
+        finally:
+            self._writers -= {writer, far_writer}
+            writer.close()
+            far_writer.close()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    finally:
-        writer.close()
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
+    writer.close()

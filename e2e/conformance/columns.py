@@ -29,10 +29,10 @@ from e2e.apiclient import ApiClient
 from e2e.conformance.ground import Ground
 from e2e.conformance.opposite import opposite_cases, opposite_objects
 from e2e.conformance.probe import Observation, observe_all
-from e2e.conformance.relay import Relay
 from e2e.controlplane import ControlPlane
 from e2e.polling import eventually
 from e2e.processes import Process
+from e2e.relay import Relay
 from tests.conformance.interpreter import NODE_PORT_ADDRESSES, POD_CIDRS
 from tests.conformance.model import (
     FLAT,
