@@ -134,6 +134,8 @@ def first_load(stages: Stages, services: int, endpoints: int) -> dict[str, Any]:
     try:
         with netns.entered(NAMESPACE):
             backend, sent = program(stages, forwarded)
+            backend.close()
+            backend = restart(stages, forwarded)
             one_endpoint(stages, backend, store, compiler, model, services, endpoints)
             backend.close()
     finally:
@@ -180,6 +182,18 @@ def program(stages: Stages, forwarded: list[Any]) -> tuple[NftablesBackend, list
     stages.seconds.setdefault("backend: plan and encode", []).append(total - kernel)
     stages.seconds.setdefault("kernel: commit", []).append(kernel)
     return backend, sent
+
+
+def restart(stages: Stages, forwarded: list[Any]) -> NftablesBackend:
+    """The next run of the agent: what is in the kernel is read and taken over, and nothing written."""
+    backend = NftablesBackend({})
+    with stages.timed("restart: read the table"):
+        backend.open()
+    with stages.timed("restart: adopt"):
+        backend.attach(Attachments(interfaces={"vx-bench": UID}))
+        applied = backend.apply(TenantUpdate(UID, put=tuple(forwarded), complete=True))
+    assert applied.operations == 0
+    return backend
 
 
 def floor(stages: Stages, sent: list[Batch]) -> None:
