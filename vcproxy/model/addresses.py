@@ -45,7 +45,10 @@ def parse_address(text: str) -> bytes:
 
     Raises AddressError. Zones ("fe80::1%eth0") are refused: a Service never has one.
     """
-    cleaned = _decimal_octets(text.strip())
+    try:
+        return socket.inet_pton(socket.AF_INET, text)  # nearly all are this, and it takes no leading zero
+    except (OSError, ValueError):
+        cleaned = _decimal_octets(text.strip())
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             packed = socket.inet_pton(family, cleaned)
