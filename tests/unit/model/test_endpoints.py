@@ -48,13 +48,15 @@ def test_patch_undoes_diff(before: list[Endpoint], after: list[Endpoint]) -> Non
         assert endpoints.patch(old, *endpoints.diff(old, new, family), family) == new
 
 
-@pytest.mark.parametrize("copies", itertools.permutations((TERMINATING | READY | SERVING, SERVING, READY | SERVING)))
+@pytest.mark.parametrize(
+    "copies", list(itertools.permutations((TERMINATING | READY | SERVING, SERVING, READY | SERVING)))
+)
 def test_of_duplicates_the_ready_one_counts(copies: tuple[int, ...]) -> None:
     packed, _, _ = endpoints.pack(Endpoint(bytes((10, 0, 0, 1)), 80, flags) for flags in copies)
     assert [e.flags for e in endpoints.unpack(packed, 4)] == [READY | SERVING]
 
 
-@pytest.mark.parametrize("copies", itertools.permutations((TERMINATING | SERVING, 0)))
+@pytest.mark.parametrize("copies", list(itertools.permutations((TERMINATING | SERVING, 0))))
 def test_an_address_that_is_used_again_is_the_new_pods(copies: tuple[int, ...]) -> None:
     packed, _, _ = endpoints.pack(Endpoint(bytes((10, 0, 0, 1)), 80, flags) for flags in copies)
     assert [e.flags for e in endpoints.unpack(packed, 4)] == [0]
