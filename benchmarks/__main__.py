@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import churn, end_to_end, pipeline
+from benchmarks import churn, datapath, end_to_end, pipeline
 
-ALL = {"pipeline": pipeline.report, "end-to-end": end_to_end.report, "churn": churn.report}
+ALL = {"pipeline": pipeline.report, "end-to-end": end_to_end.report, "churn": churn.report, "datapath": datapath.report}
 
 
 def main() -> None:
