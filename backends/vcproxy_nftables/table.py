@@ -26,8 +26,9 @@ endpoint would not be learnt. That holds for pools of one target too, or a clien
 others come back. An IPv6 client is the lower 96 bits of its address: nft 1.0.6 gives the key of a map that
 is updated 16 octets of registers, and puts the data right behind, over whatever part of a longer key lies there.
 
-Public frontends (external, load-balancer, node ports) have no zone in their key and come after the zone's own. For
-clients outside, `*_outside` is asked first and holds only the exceptions.
+Public frontends (external, load-balancer, node ports) have no zone in their key and come after the zone's own. What is
+found there is asked further: a load balancer for its wall, and all for exceptions, which only clients outside get
+(`*_outside`). A packet to none of all these, as most are, pays one look-up for each kind of frontend.
 
 Mid-commit: element lookups of one packet may straddle a commit. So a class without its chain and a slot that has just
 gone fall back on slot 0, which every live pool has; if even that misses, the packet is dropped and its sender tries
@@ -121,25 +122,46 @@ def _protocol_sets(p: str, f: int) -> str:
 def _protocol_chains(p: str, f: int) -> str:
     ip, name = _IP[f], f"{p}{f}"
     dialled, outside = f"{ip} daddr . {p} dport", _INSIDE.format(ip=ip, f=f)
-    node, original = f"{ip} daddr @node_addresses{f}", f"ct original {ip} daddr . ct original proto-dst"
+    wall = f"{dialled} @{name}_firewalled {dialled} . {ip} saddr != @{name}_allowed drop"
+    original = f"ct original {ip} daddr . ct original proto-dst"
     node_port = f"ct original {ip} daddr @node_addresses{f} ct original proto-dst"
     known = f"meta l4proto {p} ct protocol {p}"
-    return _chain(
+    first = _chain(
         name,
         f"meta priority set ct zone . {dialled} map @{name}_frontends goto pool{f}",
-        f"{dialled} @{name}_firewalled {dialled} . {ip} saddr != @{name}_allowed drop",
-        f"meta priority set {dialled} map @{name}_public_outside {outside} goto pool{f}",
-        f"meta priority set {dialled} map @{name}_public_frontends goto pool{f}",
-        f"{node} meta priority set {p} dport map @{name}_nodeports_outside {outside} goto pool{f}",
-        f"{node} meta priority set {p} dport map @{name}_nodeports goto pool{f}",
+        f"meta priority set {dialled} map @{name}_public_frontends goto public_{name}",
+        f"{ip} daddr @node_addresses{f} meta priority set {p} dport map @{name}_nodeports goto nodeport_{name}",
         f"ct zone . {ip} daddr @virtual_ips{f} goto refuse",
         f"ct zone . {ip} daddr @virtual_ranges{f} drop",
-    ) + _chain(
-        f"masquerade_{name}",
-        f"{known} {original} @{name}_masquerade goto masquerade_now",
-        f"{known} {original} @{name}_masquerade_host fib saddr type local goto masquerade_now",
-        f"{known} {node_port} @{name}_nodeports_masquerade goto masquerade_now",
-        f"{known} {node_port} @{name}_nodeports_masquerade_host fib saddr type local goto masquerade_now",
+    )
+    exceptions = "".join(
+        _chain(
+            f"{kind}_{name}",
+            *walls,
+            f"meta priority set {key} map @{exceptional} goto outside_{kind}_{name}",
+            f"goto pool{f}",
+        )
+        + _chain(
+            f"outside_{kind}_{name}",
+            f"{outside} goto pool{f}",
+            f"meta priority set {key} map @{usual} goto pool{f}",
+            "drop",
+        )
+        for kind, key, usual, exceptional, walls in (
+            ("public", dialled, f"{name}_public_frontends", f"{name}_public_outside", (wall,)),
+            ("nodeport", f"{p} dport", f"{name}_nodeports", f"{name}_nodeports_outside", ()),
+        )
+    )
+    return (
+        first
+        + exceptions
+        + _chain(
+            f"masquerade_{name}",
+            f"{known} {original} @{name}_masquerade goto masquerade_now",
+            f"{known} {original} @{name}_masquerade_host fib saddr type local goto masquerade_now",
+            f"{known} {node_port} @{name}_nodeports_masquerade goto masquerade_now",
+            f"{known} {node_port} @{name}_nodeports_masquerade_host fib saddr type local goto masquerade_now",
+        )
     )
 
 
