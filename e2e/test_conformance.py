@@ -16,7 +16,8 @@ from tests.conformance.differences import expected
 from tests.conformance.model import CONFIGURATIONS, Case
 from tests.conformance.table import CASES, PLAN
 
-pytestmark = [pytest.mark.controlplane, pytest.mark.packets]
+# The first scenario of a column and configuration tries all of them; longest on a machine that is busy otherwise.
+pytestmark = [pytest.mark.controlplane, pytest.mark.packets, pytest.mark.timeout(600)]
 
 Key = tuple[str, ...]
 

@@ -15,6 +15,7 @@ families and the old one does not any more, all the rest is in the kernel.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -26,13 +27,16 @@ from typing import Any
 
 from e2e import objects as k8s
 from e2e.apiclient import ApiClient
+from e2e.conformance.answers import Observation
 from e2e.conformance.ground import Ground
+from e2e.conformance.lines import Lines
 from e2e.conformance.opposite import opposite_cases, opposite_objects
-from e2e.conformance.probe import Observation, observe_all
+from e2e.conformance.probe import observe_all
 from e2e.controlplane import ControlPlane
 from e2e.polling import eventually
 from e2e.processes import Process
 from e2e.relay import Relay
+from tests.conformance.differences import expected
 from tests.conformance.interpreter import NODE_PORT_ADDRESSES, POD_CIDRS
 from tests.conformance.model import (
     FLAT,
@@ -43,12 +47,12 @@ from tests.conformance.model import (
     Configuration,
     Scenario,
 )
-from tests.conformance.objects import PUBLIC_CIDRS, SERVICE_CIDRS, Cast, Object, Plan, dialled, objects
+from tests.conformance.objects import PUBLIC_CIDRS, SERVICE_CIDRS, Cast, Object, Plan, dialled, objects, service_cidr
 from vcproxy.lab import Lab, Reply, netns, tcp_request
 from vcproxy.lab.cluster import Cluster, endpoint_slice, service
 
 TENANT, OTHER = "acme", "globex"
-CONVERGED_WITHIN = 60.0
+CONVERGED_WITHIN = 120.0
 """Seconds until all of a step's objects are in the kernel, the proxy's start included."""
 CANARY = "canary"
 TENANTS = {SUPER: ("",), KUBE_PROXY: ("",), OVERLAY: (TENANT, OTHER), FLAT: (TENANT, OTHER)}
@@ -94,6 +98,7 @@ def perform(run: Run, directory: Path, plane: ControlPlane | None) -> Observed:
     opposites: dict[str, tuple[Observation, Observation]] = {}
     with Lab("vcp-conf") as lab, ExitStack() as stack:
         ground = _ground(lab, run)
+        lines = stack.enter_context(Lines())
         if run.column in (SUPER, KUBE_PROXY):
             assert plane is not None, f"column {run.column} reads from an API server"
             proxy: _Proxy = stack.enter_context(_from_api_server(run, ground, directory, plane))
@@ -103,13 +108,19 @@ def perform(run: Run, directory: Path, plane: ControlPlane | None) -> Observed:
             proxy.publish(number)
             tenants = TENANTS[run.column]
             _await_canary(ground, tenants, number, proxy)
-            cases = [case for case in run.cases if case.step == number]
-            found |= observe_all(ground, run.plan, tenants[0], cases)
+            cases = [_as_expected(case, run.column) for case in run.cases if case.step == number]
+            found |= observe_all(ground, run.plan, tenants[0], cases, lines)
             if len(tenants) > 1 and number == 0:
                 turned = opposite_cases(cases)
-                seen = observe_all(ground, run.plan, tenants[1], turned)
+                seen = observe_all(ground, run.plan, tenants[1], turned, lines)
                 opposites |= {case.id: (seen[case.id], case.expect) for case in turned}
     return Observed(found, opposites)
+
+
+def _as_expected(case: Case, column: str) -> Case:
+    """The case as it must be in this column: what a prober waits for."""
+    flow = dataclasses.replace(case.flow, expect=expected(case, column), otherwise={})
+    return dataclasses.replace(case, flow=flow)
 
 
 def _ground(lab: Lab, run: Run) -> Ground:
@@ -198,11 +209,13 @@ class _ApiProxy(_Proxy):
         self._held: dict[tuple[str, str, str], Object] = {}
 
     def publish(self, number: int) -> None:
-        """Write what differs from the last step, and when all is written the canary."""
+        """Write what differs from the last step, the node's label too, and when all is written the canary."""
+        zone = self._run.configuration.zone_in(number) or None
+        self._client.patch("Node", "one", {"metadata": {"labels": {"topology.kubernetes.io/zone": zone}}})
         wanted = {_key(item): item for item in self._run.objects(self._cast, number)}
         gone = [key for key in self._held if key not in wanted]
         for kind, namespace, name in gone:
-            self._client.delete(kind, name, namespace)
+            self._client.delete(kind, name, namespace or None)
         new = [item for key, item in wanted.items() if key not in self._held]
         self._client.create_all(_without_status(item) for item in new)
         for key, item in wanted.items():
@@ -231,7 +244,7 @@ class _ApiProxy(_Proxy):
 
 
 def _key(item: Object) -> tuple[str, str, str]:
-    return item["kind"], item["metadata"]["namespace"], item["metadata"]["name"]
+    return item["kind"], item["metadata"].get("namespace", ""), item["metadata"]["name"]
 
 
 def _without_status(item: Object) -> Object:
@@ -311,22 +324,15 @@ class _TenantProxy(_Proxy):
         canaries = {tenant: _canaries(self._ground.casts[tenant], number) for tenant in (TENANT, OTHER)}
         first = [case for case in self._run.cases if case.step == 0]
         other = opposite_objects(self._run.plan, self._ground.casts[OTHER], first)
-        self._write(OTHER, [*other, *canaries[OTHER]])
-        self._write(TENANT, [*self._run.objects(self._ground.casts[TENANT], number), *canaries[TENANT]])
+        held = {OTHER: other, TENANT: self._run.objects(self._ground.casts[TENANT], number)}
+        for tenant, items in held.items():
+            self._cluster.apply(tenant, "objects", [*self._facts(tenant, number), *items, *canaries[tenant]])
 
-    def _write(self, tenant: str, held: list[Object]) -> None:
-        self._cluster.apply(tenant, "objects", [*self._facts(tenant), *held])
-
-    def _facts(self, tenant: str) -> Iterator[Object]:
+    def _facts(self, tenant: str, number: int) -> Iterator[Object]:
         """Nodes, the range of ClusterIPs, and where pods are."""
-        yield {
-            "apiVersion": "networking.k8s.io/v1",
-            "kind": "ServiceCIDR",
-            "metadata": {"name": "kubernetes"},
-            "spec": {"cidrs": list(SERVICE_CIDRS)},
-        }
+        yield service_cidr("kubernetes", SERVICE_CIDRS)
         for where, node in self._ground.nodes.items():
-            zone = self._run.configuration.zone if where == "here" else "zone-b"
+            zone = self._run.configuration.zone_in(number) if where == "here" else "zone-b"
             yield {**k8s.node(node.name, zone=zone or None), "status": k8s.node_status(node.ip4, node.ip6)}
         for role, pod in self._ground.pods(tenant).items():
             yield {**k8s.pod(role, node=pod.node), "status": k8s.pod_status(pod.ip4, pod.ip6)}

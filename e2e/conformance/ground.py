@@ -2,7 +2,7 @@
 
 One node's proxy is tested. So everybody, the other node and its pods too, sends Service addresses to this node, and
 what the other node's pods answer to the outside goes back through it: a connection whose source is kept is translated
-back there. Public addresses that no proxy forwards go on to a machine `beyond`, which answers "host unreachable": that
+back there. Addresses that nobody has and no proxy forwards go on to a machine `beyond`, which answers "host unreachable": that
 is how a packet that a proxy leaves alone is told from one that it drops. (The fabric's router would say that too, but
 Linux rations the errors of `unreachable` routes for the whole machine, net.ipv4.route.error_cost.)
 """
@@ -12,13 +12,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tests.conformance.model import FAMILIES, NODE, PODS
-from tests.conformance.objects import PUBLIC_CIDRS, SERVICE_CIDRS, Cast, cast_of
+from tests.conformance.objects import EXTRA_CIDRS, LITERAL_CIDRS, PUBLIC_CIDRS, SERVICE_CIDRS, Cast, cast_of
 from vcproxy.lab import Client, Lab, Node, Pod, Tenant, netns, wiring
 from vcproxy.lab.dial import Place
 from vcproxy.lab.iproute import ip
 
 TARGETS = (8080, 8081, 8082)
 """What every endpoint listens on, TCP and UDP."""
+BEYOND = (*PUBLIC_CIDRS, *EXTRA_CIDRS, *LITERAL_CIDRS)
+"""Addresses that nobody has."""
+
+_REFUSAL = "ip daddr {} reject with icmp type host-unreachable"
+_REFUSAL6 = "ip6 daddr {} reject with icmpv6 type addr-unreachable"
 
 
 class Ground:
@@ -36,7 +41,7 @@ class Ground:
         self.overlays: list[Tenant] = []
         self._pods: dict[tuple[str, str], Pod] = {}
         for place in (*self.outside.values(), self.nodes["there"]):
-            for prefix in (*SERVICE_CIDRS, *PUBLIC_CIDRS):
+            for prefix in (*SERVICE_CIDRS, *BEYOND):
                 lab.route(place, prefix, via=self.here)
         for client in self.outside.values():
             lab.route(self.nodes["there"], f"{client.ip4}/32", via=self.here)
@@ -46,14 +51,10 @@ class Ground:
 
     def _end(self, beyond: Client) -> None:
         netns.sysctl(beyond.ns, wiring.ROUTER_SYSCTLS)
-        for prefix in PUBLIC_CIDRS:
+        for prefix in BEYOND:
             self.lab.route(self.here, prefix, via=beyond)
-        rules = "".join(
-            f"add rule inet end pre {'ip6' if ':' in prefix else 'ip'} daddr {prefix} reject with {answer}\n"
-            for prefix, answer in zip(
-                PUBLIC_CIDRS, ("icmp type host-unreachable", "icmpv6 type addr-unreachable"), strict=True
-            )
-        )
+        rules = "".join(f"add rule inet end pre {_REFUSAL.format(prefix)}\n" for prefix in BEYOND if ":" not in prefix)
+        rules += "".join(f"add rule inet end pre {_REFUSAL6.format(prefix)}\n" for prefix in BEYOND if ":" in prefix)
         hook = "type filter hook prerouting priority raw; policy accept;"
         netns.run(
             beyond.ns, ["nft", "-f", "-"], stdin=f"add table inet end\nadd chain inet end pre {{ {hook} }}\n{rules}"

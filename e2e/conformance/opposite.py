@@ -25,7 +25,9 @@ def opposite_cases(cases: Sequence[Case]) -> list[Case]:
             continue
         answer = to(ANSWERING, masqueraded=CONFIGURATIONS[case.configuration].masquerade_all)
         expect = answer if isinstance(case.expect, Verdict) else REJECT
-        flow = dataclasses.replace(case.flow, client="client", target=case.flow.targets[0], expect=expect, otherwise={})
+        flow = dataclasses.replace(
+            case.flow, client="client", target=case.flow.targets[0], expect=expect, otherwise={}, held=False
+        )
         found[case.id] = dataclasses.replace(case, flow=flow)
     return list(found.values())
 

@@ -1,9 +1,8 @@
-"""What really happens to a flow: packets from the client, judged by who answers and what the server saw.
+"""What really happens to a flow: packets from the client, until it is clear who answers and what the server sees.
 
-A random choice is watched until all that is expected has been seen and enough more to meet what is not. Whether the
-source was kept is told by the address that the server saw; for the node itself, whose address a masquerade does not
-change, by the port, which `fully-random` does. A single changed port proves nothing (the kernel changes one where two
-connections would become the same), so the majority decides.
+A random choice is watched until all that is expected has been seen and enough more to meet what is not. A single changed
+source port proves no masquerade (the kernel changes one where two connections would become the same), so the majority
+decides.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ import socket
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
+from e2e.conformance.answers import Judge, Observation, Strange
 from e2e.conformance.ground import Ground
+from e2e.conformance.lines import Lines
 from tests.conformance.model import (
     DROP,
     NODE,
-    REJECT,
-    UNTOUCHED,
     Apart,
     Case,
     Expectation,
@@ -29,8 +27,8 @@ from tests.conformance.model import (
     To,
     Verdict,
 )
-from tests.conformance.objects import Cast, Plan, dialled
-from vcproxy.lab import Outcome, Refused, Reply, TimedOut, Unreachable, netns, tcp_request, udp_request
+from tests.conformance.objects import Plan, dialled
+from vcproxy.lab import Outcome, Refused, TimedOut, Unreachable, netns, tcp_request, udp_request
 from vcproxy.lab.dial import Place
 
 PATIENCE, IMPATIENCE = 3.0, 0.4
@@ -40,42 +38,34 @@ ENOUGH, TOO_MANY = 8, 80
 THREADS = 24
 
 
-@dataclass(frozen=True)
-class Strange:
-    """Something that no case expects, in words."""
-
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
-
-
 # UDP's flows outlive their sockets in connection tracking, so no two may have the same source port. Not those that
 # nodes and pods listen on, and not node ports.
 _SOURCE_PORTS = itertools.cycle((*range(10_000, 30_000), *range(33_000, 61_000)))
 
-Observation = Expectation | Strange
 Dialled = tuple[str, int, str]
 
 
-def observe_all(ground: Ground, plan: Plan, tenant: str, cases: Sequence[Case]) -> dict[str, Observation]:
+def observe_all(ground: Ground, plan: Plan, tenant: str, cases: Sequence[Case], lines: Lines) -> dict[str, Observation]:
     """What happens to each case's flow, side by side, by the cases' ids."""
+
+    def observe(case: Case) -> Observation:
+        cast, client = ground.casts[tenant], case.flow.client
+        place, judge = ground.place(tenant, client), Judge(cast, tenant, of_node=client == NODE)
+        targets = dialled(plan, cast, case)
+        if case.flow.held:
+            key = (case.scenario.family, case.scenario.name, client, *targets)
+            return lines.watch(key, place, judge, targets[0], case.expect)
+        return Prober(place, judge).watch(targets, case.expect)
+
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip((case.id for case in cases), pool.map(lambda case: observe(ground, plan, tenant, case), cases), strict=True))  # fmt: skip
-
-
-def observe(ground: Ground, plan: Plan, tenant: str, case: Case) -> Observation:
-    """What happens to one case's flow."""
-    cast = ground.casts[tenant]
-    prober = Prober(ground.place(tenant, case.flow.client), cast, tenant, of_node=case.flow.client == NODE)
-    return prober.watch(dialled(plan, cast, case), case.expect)
+        return dict(zip((case.id for case in cases), pool.map(observe, cases), strict=True))
 
 
 class Prober:
-    """Dials from one place, as one tenant's."""
+    """Dials from one place."""
 
-    def __init__(self, place: Place, cast: Cast, tenant: str, *, of_node: bool) -> None:
-        self._place, self._cast, self._prefix, self._of_node = place, cast, f"{tenant}/" if tenant else "", of_node
+    def __init__(self, place: Place, judge: Judge) -> None:
+        self._place, self._judge = place, judge
 
     def watch(self, targets: Sequence[Dialled], expected: Expectation) -> Observation:
         """Dial until it is clear what happens."""
@@ -126,24 +116,7 @@ class Prober:
             outcome = udp_request(self._place, address, port, timeout=timeout, source_port=next(_SOURCE_PORTS))
         if protocol == "UDP" and outcome == Unreachable("EPERM"):
             outcome = _denied(self._place, address, port, timeout)
-        match outcome:
-            case Reply():
-                return self._answered(outcome, (address, port))
-            case Refused():
-                return REJECT
-            case TimedOut():
-                return DROP
-            case Unreachable("ENETUNREACH" | "EHOSTUNREACH"):
-                return UNTOUCHED
-        return Strange(str(outcome))
-
-    def _answered(self, reply: Reply, dialled_as: tuple[str, int]) -> Hit | Verdict | Strange:
-        if reply.local == dialled_as:
-            return UNTOUCHED
-        if not reply.pod.startswith(self._prefix) and reply.pod != "one":
-            return Strange(f"answered by {reply.pod}")
-        changed = reply.peer != reply.source if self._of_node else reply.peer[0] != reply.source[0]
-        return Hit(f"{self._cast.role(reply.local[0])}:{reply.local[1]}", changed)
+        return self._judge.read(outcome, address, port)
 
 
 def _denied(place: Place, address: str, port: int, timeout: float) -> Outcome:

@@ -9,7 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.conformance.model import CONFIGURATIONS, FLAT, KUBE_PROXY, PODS, Case, Expectation
+from tests.conformance.model import (
+    CONFIGURATIONS,
+    DROP,
+    FLAT,
+    INTERPRETER,
+    KUBE_PROXY,
+    OVERLAY,
+    PODS,
+    REJECT,
+    SUPER,
+    UNTOUCHED,
+    Case,
+    Expectation,
+    To,
+)
+
+VCPROXY = (SUPER, OVERLAY, FLAT)
 
 
 @dataclass(frozen=True)
@@ -31,10 +47,28 @@ def _short_circuit_without_detector(case: Case) -> bool:
     """
     step = case.scenario.steps[case.step]
     local = {one.name for one in step.services if one.spec.get("externalTrafficPolicy") == "Local"}
-    public = all(target.kind in ("NodePort", "ExternalIP", "LoadBalancer") for target in case.flow.targets)
+    public = case.flow.target_kinds <= {"NodePort", "ExternalIP", "LoadBalancer"}
     here = PODS.get(case.flow.client) == "here"
     known = CONFIGURATIONS[case.configuration].detector
     return here and public and not known and all(target.service in local for target in case.flow.targets)
+
+
+def _flow_of_a_service_that_has_gone(case: Case) -> bool:
+    here = {one.name for one in case.scenario.steps[case.step].services}
+    went_on = case.flow.held and isinstance(case.expect, To)
+    return went_on and case.protocol == "UDP" and not any(one.service in here for one in case.flow.targets)
+
+
+def _flow_to_a_node_port_without_endpoints(case: Case) -> bool:
+    services = {one.name: one for one in case.scenario.steps[case.step].services}
+    used = [services[one.service] for one in case.flow.targets if one.service in services]
+    empty = used and not any(held.endpoints for one in used for held in one.slices)
+    going_on = case.flow.held and case.protocol == "UDP" and case.flow.target_kinds == {"NodePort"}
+    return bool(empty) and going_on and isinstance(case.expect, To)
+
+
+def _extra_range(case: Case) -> bool:
+    return case.flow.target_kinds == {"ExtraRange"} and case.scenario.steps[case.step].extra_range
 
 
 DIFFERENCES = (
@@ -49,7 +83,56 @@ DIFFERENCES = (
         applies=_short_circuit_without_detector,
         instead=lambda case: case.flow.expected("base"),
     ),
+    Difference(
+        name="UDP flows end with their Service",
+        kube_proxy="When a Service is deleted, UDP flows to it go on to the endpoint that they had, for as long as "
+        "their sender does not pause.",
+        vcproxy="They end: what follows meets a ClusterIP that nobody has, or goes on as if there were no proxy.",
+        reason="The address may soon be another Service's, and the endpoint's address another pod's.",
+        columns=VCPROXY,
+        applies=_flow_of_a_service_that_has_gone,
+        instead=lambda case: DROP if case.flow.target_kinds == {"ClusterIP"} else UNTOUCHED,
+    ),
+    Difference(
+        name="UDP flows to a node port end with the last endpoint",
+        kube_proxy="When a Service loses its last endpoint, UDP flows to its ClusterIP and load-balancer IPs end, those "
+        "to its node port go on to where the endpoint was.",
+        vcproxy="They end, too, and are rejected.",
+        reason="kube-proxy would have to tell flows to the node from others to that port number; vcproxy knows on which "
+        "addresses it accepts node ports.",
+        columns=VCPROXY,
+        applies=_flow_to_a_node_port_without_endpoints,
+        instead=lambda case: REJECT,
+    ),
+    Difference(
+        name="A ServiceCIDR counts when it comes",
+        kube_proxy="Addresses without a Service in a ServiceCIDR that was added while kube-proxy runs are not dropped "
+        "before its next full sync, up to an hour later.",
+        vcproxy="They are dropped at once, and left alone at once when the range goes.",
+        reason="Until then a packet to a stale ClusterIP leaves the cluster by the default route.",
+        columns=(INTERPRETER, *VCPROXY),
+        applies=_extra_range,
+        instead=lambda case: DROP,
+    ),
+    Difference(
+        name="Some addresses are never a Service's",
+        kube_proxy="A load-balancer status may name any address, also a loopback, link-local or multicast one.",
+        vcproxy="Such an address is refused, and the packets to it are left alone; the Service's others work.",
+        reason="Who may write a Service's status could otherwise take over the node's metadata service.",
+        columns=(INTERPRETER, *VCPROXY),
+        applies=lambda case: case.flow.target_kinds == {"Literal"},
+        instead=lambda case: UNTOUCHED,
+    ),
 )
+
+
+UNSHOWN = (
+    "Two Services that want one public address and port: the first keeps it, the other is told and gets it later. In "
+    "kube-proxy the last one written wins.",
+    "Affinity timeouts have three significant digits, rounded up: 10800 s are kept for 10800 s, 12345 s for 12400 s.",
+    "IPv6 clients that differ in nothing but the first 32 bits of their address share an affinity binding.",
+)
+"""Differences that the table has no case for; other tests hold vcproxy to them."""
 
 
 def difference(case: Case, column: str) -> Difference | None:

@@ -86,8 +86,13 @@ def interpret(plan: Plan, cast: Cast, configuration: Configuration, case: Case) 
     """What happens to a case's flow. A flow of several targets has one outcome: what they have in common."""
     scenario = case.scenario
     step = scenario.steps[case.step]
-    table = resolve(compiled(objects(plan, cast, scenario, step)), NodeView.of(cast.nodes["here"], configuration.zone))
+    held = objects(plan, cast, scenario, step)
+    table = resolve(compiled(held), NodeView.of(cast.nodes["here"], configuration.zone_in(case.step)))
     state = state_of(configuration, cast)
+    ranges = [
+        *SERVICE_CIDRS,
+        *(cidr for item in held if item["kind"] == "ServiceCIDR" for cidr in item["spec"]["cidrs"]),
+    ]
     own = frozenset(parse_address(cast.address(NODE, ip)) for ip in (4, 6))
     found = set()
     for (address, port, protocol), target in zip(dialled(plan, cast, case), case.flow.targets, strict=True):
@@ -97,7 +102,7 @@ def interpret(plan: Plan, cast: Cast, configuration: Configuration, case: Case) 
         packet = Packet(
             parse_address(source), parse_address(address), port, Protocol[protocol], case.flow.client == NODE, own
         )
-        found.add(_named(cast, forward(table, state, packet)))
+        found.add(_named(cast, forward(table, state, packet, ranges)))
     outcome = found.pop()
     if found:
         return UNTOUCHED if not isinstance(case.expect, Verdict) else DROP  # never what a case expects
@@ -112,7 +117,9 @@ class _Chosen:
     sticky: bool
 
 
-def forward(table: Sequence[ForwardedPort], node: NodeState, packet: Packet) -> _Chosen | Verdict:
+def forward(
+    table: Sequence[ForwardedPort], node: NodeState, packet: Packet, ranges: Sequence[str] = SERVICE_CIDRS
+) -> _Chosen | Verdict:
     """What the super cluster's table does with a packet, in the order of docs/dataplane.md."""
     family = 4 if len(packet.destination) == 4 else 6
     local = node.local_sources is not None and any(prefix.covers(packet.source) for prefix in node.local_sources)
@@ -137,7 +144,7 @@ def forward(table: Sequence[ForwardedPort], node: NodeState, packet: Packet) -> 
         return _chosen(port, frontend.inside if inside else frontend.outside, node, packet, frontend)
     if packet.destination in _virtual_ips(table):
         return REJECT
-    if any(parse_prefix(cidr).covers(packet.destination) for cidr in SERVICE_CIDRS):
+    if any(parse_prefix(cidr).covers(packet.destination) for cidr in ranges):
         return DROP
     return UNTOUCHED
 

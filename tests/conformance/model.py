@@ -158,10 +158,11 @@ class Slice:
 
 @dataclass(frozen=True)
 class Ingress:
-    """An address of a load balancer in both families, or a host name."""
+    """An address of a load balancer in both families, or a host name, or that very address."""
 
     mode: str | None = None
     hostname: str = ""
+    literal: str = ""
 
 
 @dataclass(frozen=True)
@@ -209,13 +210,17 @@ class Target:
     service: str = "web"
     number: int = 0
     protocol: str = ""
+    literal: str = ""
 
     def __str__(self) -> str:
         return "".join(
             (
-                {"Secondary": "NodePort on the second address", "Unallocated": "unallocated IP"}.get(
-                    self.kind, self.kind
-                ),
+                {
+                    "Secondary": "NodePort on the second address",
+                    "Unallocated": "unallocated IP",
+                    "ExtraRange": "unallocated IP of another range",
+                    "Literal": self.literal,
+                }.get(self.kind, self.kind),
                 f" {self.number + 1}" if self.number else "",
                 f" of {self.service}" if self.service != "web" else "",
                 f" port {self.port}" if self.port != PORT else "",
@@ -230,12 +235,15 @@ EXTERNAL_IP = Target("ExternalIP")
 LOAD_BALANCER = Target("LoadBalancer")
 SECONDARY = Target("Secondary")
 UNALLOCATED = Target("Unallocated")
+VIRTUAL = {"ClusterIP", "Unallocated", "ExtraRange"}
+"""Kinds of targets that mean something in a tenant's own zone only."""
 
 
 @dataclass(frozen=True)
 class Flow:
     """A client dials a target (or several in turn), and this must happen. `otherwise`: what must happen under a
-    configuration that is named, instead. `columns`: fewer than the scenario's, where one cannot tell.
+    configuration that is named, instead. `columns`: fewer than the scenario's, where one cannot tell. `held`: one
+    connection (UDP: one source port) over all steps of the scenario, opened by the first that names it.
     """
 
     client: str
@@ -243,6 +251,7 @@ class Flow:
     expect: Expectation
     otherwise: Mapping[str, Expectation] = field(default_factory=dict)
     columns: tuple[str, ...] = COLUMNS
+    held: bool = False
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -254,7 +263,7 @@ class Flow:
 
     @property
     def name(self) -> str:
-        return f"{self.client} to {' and '.join(map(str, self.targets))}"
+        return f"{self.client} {'goes on ' if self.held else ''}to {' and '.join(map(str, self.targets))}"
 
     def expected(self, configuration: str) -> Expectation:
         return self.otherwise.get(configuration, self.expect)
@@ -262,11 +271,14 @@ class Flow:
 
 @dataclass(frozen=True)
 class Step:
-    """Services as they are now, and what flows then do. `after`: what has happened, in words; "" for the first."""
+    """Services as they are now, and what flows then do. `after`: what has happened, in words; "" for the first.
+    `extra_range`: there is a second range of ClusterIPs.
+    """
 
     services: tuple[Service, ...]
     flows: tuple[Flow, ...]
     after: str = ""
+    extra_range: bool = False
 
 
 @dataclass(frozen=True)
@@ -300,6 +312,11 @@ class Configuration:
     masquerade_all: bool = False
     node_ports: str = "primary"
     zone: str = "zone-a"
+    later: tuple[str, ...] = ()
+    """Its label in the steps behind the first."""
+
+    def zone_in(self, step: int) -> str:
+        return (self.zone, *self.later)[min(step, len(self.later))]
 
 
 CONFIGURATIONS = {
@@ -310,6 +327,7 @@ CONFIGURATIONS = {
         Configuration("masquerade all", masquerade_all=True, zone="zone-c"),
         Configuration("masquerade all, no detector", detector=False, masquerade_all=True, node_ports="all"),
         Configuration("second address", node_ports="second"),
+        Configuration("zone label changes", later=("zone-b", "", "zone-a")),
     )
 }
 MASQUERADES = tuple(CONFIGURATIONS)[:4]
@@ -343,10 +361,12 @@ class Case:
             return True
         if self.flow.client == NODE:
             return False
-        virtual = self.flow.target_kinds & {"ClusterIP", "Unallocated"}
-        public = self.flow.target_kinds - {"ClusterIP", "Unallocated"}
+        virtual = self.flow.target_kinds & VIRTUAL
+        public = self.flow.target_kinds - VIRTUAL
         here = PODS.get(self.flow.client) == "here"
-        return (here or not virtual) and (column == FLAT or not public)
+        # What nobody forwards, an overlay's own routes refuse, and Linux rations that.
+        routed = column == FLAT or not (public or self.flow.target_kinds & {"ExtraRange"})
+        return (here or not virtual) and routed
 
 
 def cases_of(scenario: Scenario) -> list[Case]:

@@ -21,6 +21,9 @@ Object = dict[str, Any]
 SERVICE_CIDRS = ("10.32.0.0/16", "fd00:32::/108")
 PUBLIC_CIDRS = ("198.18.0.0/16", "2001:db8:18::/64")
 """Where external and load-balancer addresses come from (RFC 2544 and RFC 3849: nobody has them)."""
+EXTRA_CIDRS = ("10.33.0.0/16", "fd00:33::/32")
+"""Of these steps may make ranges of ClusterIPs."""
+LITERAL_CIDRS = ("169.254.7.0/24",)
 
 _NAMES = {4: "IPv4", 6: "IPv6"}
 _FIRST_NODE_PORT, _FIRST_HEALTH_PORT = 30_000, 32_300
@@ -87,6 +90,11 @@ class Plan:
         place = 8 * self.number(scenario, service) + (4 if kind == "LoadBalancer" else 0) + number
         return f"198.18.{place // 256}.{place % 256}" if ip == 4 else f"2001:db8:18::{place:x}"
 
+    def extra_range(self, scenario: Scenario) -> tuple[str, str]:
+        """A range of ClusterIPs that only this scenario may add, in both families."""
+        number = self._scenarios[scenario.family, scenario.name]
+        return f"10.33.{number}.0/24", f"fd00:33:0:{number:x}::/64"
+
     def unallocated(self, scenario: Scenario, ip: int) -> str:
         number = 1 + self._scenarios[scenario.family, scenario.name]
         return f"10.32.250.{number}" if ip == 4 else f"fd00:32::e:{number:x}"
@@ -106,6 +114,10 @@ def dialled(plan: Plan, cast: Cast, case: Case) -> list[tuple[str, int, str]]:
                 port = plan.node_port(scenario, target.service, target.port)
             case "Node":
                 address = cast.address(NODE, ip)
+            case "Literal":
+                address = target.literal
+            case "ExtraRange":
+                address = str(next(ipaddress.ip_network(plan.extra_range(scenario)[ip == 6]).hosts()))
             case "Unallocated":
                 address = plan.unallocated(scenario, ip)
             case _:
@@ -115,8 +127,21 @@ def dialled(plan: Plan, cast: Cast, case: Case) -> list[tuple[str, int, str]]:
 
 
 def objects(plan: Plan, cast: Cast, scenario: Scenario, step: Step) -> list[Object]:
-    """Services, with their status, and EndpointSlices of a step."""
-    return [made for service in step.services for made in _objects(plan, cast, scenario, service)]
+    """Services, with their status, EndpointSlices and ServiceCIDRs of a step."""
+    made = [made for service in step.services for made in _objects(plan, cast, scenario, service)]
+    if step.extra_range:
+        made.append(service_cidr(plan.namespace(scenario), plan.extra_range(scenario)))
+    return made
+
+
+def service_cidr(name: str, ranges: Sequence[str]) -> Object:
+    """A range of ClusterIPs in both families."""
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "ServiceCIDR",
+        "metadata": {"name": name},
+        "spec": {"cidrs": list(ranges)},
+    }
 
 
 def _objects(plan: Plan, cast: Cast, scenario: Scenario, service: Service) -> Iterator[Object]:
@@ -192,6 +217,9 @@ def _ingress(plan: Plan, scenario: Scenario, service: Service) -> Iterator[Objec
     for number, ingress in enumerate(service.ingress):
         if ingress.hostname:
             yield {"hostname": ingress.hostname}
+            continue
+        if ingress.literal:
+            yield {"ip": ingress.literal}
             continue
         for ip in FAMILIES:
             address = _written(plan.public(scenario, service.name, "LoadBalancer", number, ip), service.legacy)

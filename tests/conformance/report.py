@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.conformance.differences import DIFFERENCES, difference
-from tests.conformance.model import COLUMNS, Case, Scenario
+from tests.conformance.differences import DIFFERENCES, UNSHOWN, difference
+from tests.conformance.model import COLUMNS, CONFIGURATIONS, Case, Scenario
 from tests.conformance.table import CASES
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -30,13 +30,23 @@ A case is one flow: a client, what it dials, IPv4 or IPv6, TCP or UDP, and what 
 So a wrong expectation fails in kube-proxy's column, and a wrong vcproxy in the others. Deliberate differences: [kube-proxy-differences.md](kube-proxy-differences.md).
 
 `client`, `local-1`, `local-2` are pods on the tested node; `visitor`, `remote-1` to `remote-3` on another; `node` is the tested node itself; `outside` and `blocked` are no nodes, and load-balancer source ranges leave the latter out.
-An answer is the endpoints that a client may get (port 8080 where none is said), with whether they see the node's address instead of the client's. *untouched*: goes on as if there were no proxy.
+An answer is the endpoints that a client may get (port 8080 where none is said), with whether they see the node's address instead of the client's. *untouched*: goes on as if there were no proxy. "goes on to": a connection (UDP: a source port) that is held over all steps.
+
+Configurations, of proxy and node:
 """
 
 
 def conformance() -> str:
     """docs/kube-proxy-conformance.md."""
-    return "\n".join([_INTRODUCTION, *_counts(), *_scenarios(), ""])
+    return "\n".join([_INTRODUCTION, *_configurations(), "", *_counts(), *_scenarios(), ""])
+
+
+def _configurations() -> Iterator[str]:
+    yield "| name | cluster CIDR | masquerade all | NodePorts on | the node's zone |"
+    yield "|---|---|---|---|---|"
+    for one in CONFIGURATIONS.values():
+        cells = ("yes" if one.detector else "no", "yes" if one.masquerade_all else "no", one.node_ports)
+        yield f"| {one.name} | {' | '.join(cells)} | {', then '.join(zone or 'none' for zone in (one.zone, *one.later))} |"
 
 
 def _counts() -> Iterator[str]:
@@ -59,12 +69,11 @@ def _scenarios() -> Iterator[str]:
     by_scenario: dict[tuple[str, str], list[Case]] = {}
     for case in CASES:
         by_scenario.setdefault((case.scenario.family, case.scenario.name), []).append(case)
-    family = ""
-    for (this, _), cases in by_scenario.items():
-        if this != family:
-            family = this
-            yield f"\n## {family}"
-        yield from _scenario(cases[0].scenario, cases)
+    for family in dict.fromkeys(family for family, _ in by_scenario):
+        yield f"\n## {family}"
+        for (this, _), cases in by_scenario.items():
+            if this == family:
+                yield from _scenario(cases[0].scenario, cases)
 
 
 def _scenario(scenario: Scenario, cases: list[Case]) -> Iterator[str]:
@@ -86,7 +95,8 @@ def _scenario(scenario: Scenario, cases: list[Case]) -> Iterator[str]:
         line = f"- {case.flow.name}: {_short(case.flow.expect)}"
         for configuration, expectation in case.flow.otherwise.items():
             line += f"; with {configuration}: {_short(expectation)}"
-        yield line
+        differs = {found.name for column in COLUMNS if case.in_column(column) and (found := difference(case, column))}
+        yield line + "".join(f" *({name})*" for name in sorted(differs))
 
 
 def _short(expectation: object) -> str:
@@ -115,6 +125,7 @@ def differences() -> str:
             f"- why: {one.reason}",
             f"- seen in: {', '.join(one.columns)} ({shown} cases)",
         ]
+    lines += ["", "## Not shown by the table", "", *(f"- {text}" for text in UNSHOWN)]
     return "\n".join([*lines, ""])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.conformance import (
     cases_affinity,
     cases_basic,
+    cases_changes,
     cases_external,
     cases_policies,
     cases_selection,
@@ -20,6 +21,7 @@ SCENARIOS: list[Scenario] = [
     *cases_topology.SCENARIOS,
     *cases_affinity.SCENARIOS,
     *cases_selection.SCENARIOS,
+    *cases_changes.SCENARIOS,
 ]
 PLAN = Plan(SCENARIOS)
 CASES: list[Case] = [case for scenario in SCENARIOS for case in cases_of(scenario)]
