@@ -26,8 +26,8 @@ e2e: $(READY) $(PACKAGES)
 
 # vcproxy beside the real kube-proxy, case by case; the documents about it are written anew.
 conformance: $(READY) $(PACKAGES)
-	e2e/tools/build
-	$(BIN)/python -m e2e.conformance $(ARGS)
+	@e2e/tools/build >/dev/null
+	@$(BIN)/python -m e2e.conformance $(ARGS)
 
 conformance-docs: $(READY)
 	$(BIN)/python -m tests.conformance.report
