@@ -11,6 +11,7 @@ from vcproxy_nftables.elements import MapSpec
 from vcproxy_nftables.specs import (
     ATTACHMENT,
     FAMILY,
+    LOCAL_INTERFACES,
     MASQUERADE_ALL,
     MASQUERADE_NONLOCAL,
     NFPROTO,
@@ -18,6 +19,7 @@ from vcproxy_nftables.specs import (
     ZONE_BY_INTERFACE,
     interface_key,
     interface_name,
+    interface_range,
     merge_prefixes,
     prefix_range,
     zone_range_field,
@@ -61,14 +63,18 @@ def attachments_of(elements: Mapping[MapSpec, Values], uids: Mapping[int, str]) 
 def node_elements(state: NodeState) -> dict[MapSpec, Values]:
     """The elements of specs.NODE."""
     switched = dict.fromkeys(NFPROTO.values(), b"")
+    lead = zone_range_field(SUPER_ZONE)
+    detects = state.local_sources is not None or bool(state.local_interfaces)
+    # Packets that have lost their device (see `table`) are those of a bridge, if there are local devices at all.
+    patterns = (*state.local_interfaces, "") if state.local_interfaces else ()
     wanted: dict[MapSpec, Values] = {
+        LOCAL_INTERFACES: {interface_range(lead, pattern): b"" for pattern in patterns},
         MASQUERADE_ALL: switched if state.masquerade_all else {},
-        MASQUERADE_NONLOCAL: switched if state.local_sources is not None else {},
+        MASQUERADE_NONLOCAL: switched if detects else {},
     }
     for family, specs in FAMILY.items():
         octets = 4 if family == 4 else 16
         sources = tuple(prefix for prefix in state.local_sources or () if len(prefix.address) == octets)
-        lead = zone_range_field(SUPER_ZONE)
         wanted[specs.local_sources] = {prefix_range(lead, prefix): b"" for prefix in merge_prefixes(sources)}
         wanted[specs.node_addresses] = {address: b"" for address in state.node_addresses if len(address) == octets}
     return wanted

@@ -16,6 +16,7 @@ ORDER = sys.byteorder
 
 TENANTS = MapSpec("tenants", 2)
 ZONE_BY_INTERFACE = MapSpec("zone_by_interface", 16, 2)
+LOCAL_INTERFACES = MapSpec("local_interfaces", 20, ranges=Ranges.CONCATENATED)
 MASQUERADE_ALL = MapSpec("masquerade_all", 1)
 MASQUERADE_NONLOCAL = MapSpec("masquerade_nonlocal", 1)
 NFPROTO = {4: b"\x02", 6: b"\x0a"}
@@ -106,6 +107,7 @@ ZONED: tuple[MapSpec, ...] = (
 """Tenants' maps whose key starts with the zone."""
 
 NODE: tuple[MapSpec, ...] = (
+    LOCAL_INTERFACES,
     MASQUERADE_ALL,
     MASQUERADE_NONLOCAL,
     *(spec for f in FAMILY.values() for spec in (f.local_sources, f.node_addresses)),
@@ -176,6 +178,14 @@ def prefix_range(lead: bytes, prefix: Prefix) -> bytes:
     octets = len(prefix.address)
     last = int.from_bytes(prefix.address, "big") | ((1 << (octets * 8 - prefix.length)) - 1)
     return lead + prefix.address + lead + last.to_bytes(octets, "big")
+
+
+def interface_range(lead: bytes, pattern: str) -> bytes:
+    """First and last key, joined, of all device names that a pattern means: one, or with `*` at the end a prefix."""
+    if pattern.endswith("*"):
+        prefix = pattern[:-1].encode()
+        return lead + prefix.ljust(16, b"\0") + lead + prefix.ljust(16, b"\xff")
+    return (lead + interface_key(pattern)) * 2
 
 
 def affine_value(target_id: int, pool: int) -> bytes:

@@ -30,6 +30,10 @@ Public frontends (external, load-balancer, node ports) have no zone in their key
 found there is asked further: a load balancer for its wall, and all for exceptions, which only clients outside get
 (`*_outside`). A packet to none of all these, as most are, pays one look-up for each kind of frontend.
 
+A client is local by its source or by the device that it entered by, whichever a detector looks at; the set of the other
+is empty. Where local devices are given, packets without a device count as local, unless they are the node's own: what
+br_netfilter shows of a packet that is translated back onto its own bridge has lost its device by postrouting.
+
 Mid-commit: element lookups of one packet may straddle a commit. So a class without its chain and a slot that has just
 gone fall back on slot 0, which every live pool has; if even that misses, the packet is dropped and its sender tries
 again. Nothing that was meant for a service ever goes on untranslated and gets a conntrack entry of that form.
@@ -52,7 +56,9 @@ AFFINITY_CLIENTS = 1_000_000  # per family; when full, further clients are balan
 
 _IP = {4: "ip", 6: "ip6"}
 _CLIENT = {4: "ip saddr", 6: "@nh,96,96"}  # of affinity: for IPv6 the lower 96 bits of the source address
-_INSIDE = "ct zone 0 ct zone . {ip} saddr != @local_sources{f} fib saddr type != local"
+_OUTSIDE = (
+    "ct zone 0 ct zone . {ip} saddr != @local_sources{f} ct zone . iifname != @local_interfaces fib saddr type != local"
+)
 
 
 def _map(name: str, typeof: str, *more: str) -> str:
@@ -73,6 +79,7 @@ def _global_sets() -> str:
     return (
         _set("tenants", "ct zone")
         + _map("zone_by_interface", "iifname : ct zone")
+        + _set("local_interfaces", "ct zone . iifname", "flags interval")
         + _set("masquerade_all", "meta nfproto")
         + _set("masquerade_nonlocal", "meta nfproto")
     )
@@ -121,7 +128,7 @@ def _protocol_sets(p: str, f: int) -> str:
 
 def _protocol_chains(p: str, f: int) -> str:
     ip, name = _IP[f], f"{p}{f}"
-    dialled, outside = f"{ip} daddr . {p} dport", _INSIDE.format(ip=ip, f=f)
+    dialled, outside = f"{ip} daddr . {p} dport", _OUTSIDE.format(ip=ip, f=f)
     wall = f"{dialled} @{name}_firewalled {dialled} . {ip} saddr != @{name}_allowed drop"
     original = f"ct original {ip} daddr . ct original proto-dst"
     node_port = f"ct original {ip} daddr @node_addresses{f} ct original proto-dst"
@@ -203,8 +210,7 @@ def _family_chains(f: int) -> str:
         + _chain(
             f"masquerade_cluster_ip{f}",
             "meta nfproto @masquerade_all goto masquerade_now",
-            "meta nfproto @masquerade_nonlocal ct zone 0 "
-            f"ct zone . {ip} saddr != @local_sources{f} goto masquerade_now",
+            f"meta nfproto @masquerade_nonlocal ct zone 0 ct zone . {ip} saddr != @local_sources{f} jump nonlocal",
         )
         + "".join(_protocol_chains(p, f) for p in PROTOCOLS)
         + _chain(
@@ -264,6 +270,11 @@ def _body() -> str:
         + _chain("refuse", "reject")
         + _chain("special", "meta priority 0:1 drop", "goto refuse")
         + _chain("masquerade_now", "masquerade fully-random")
+        + _chain(
+            "nonlocal",
+            "ct zone . iifname != @local_interfaces goto masquerade_now",
+            "fib saddr type local goto masquerade_now",
+        )
         + "".join(_family_chains(f) for f in FAMILIES)
         + _hooks()
     )

@@ -86,12 +86,15 @@ class NodeState(msgspec.Struct, frozen=True):
 
     `node_addresses`: where NodePorts are accepted (4 or 16 octets each). `local_sources`: pod ranges of the super
     cluster whose traffic to ClusterIPs is not masqueraded; None: no detector, never masquerade by locality (an empty
-    tuple means that no source is local). `masquerade_all`: every connection to a ClusterIP is masqueraded.
+    tuple means that no source is local). `local_interfaces`: what enters the super cluster by these devices is local,
+    too; a name, or a prefix with `*` behind it, of devices that may come and go; they make a detector, too.
+    `masquerade_all`: every connection to a ClusterIP is masqueraded.
     `own_addresses`: the node's own, wherever NodePorts are accepted.
     """
 
     node_addresses: tuple[bytes, ...] = ()
     local_sources: tuple[Prefix, ...] | None = None
+    local_interfaces: tuple[str, ...] = ()
     masquerade_all: bool = False
     own_addresses: tuple[bytes, ...] = ()
 

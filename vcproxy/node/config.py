@@ -52,11 +52,28 @@ class DetectLocal(Section, frozen=True):
     mode: Annotated[
         str,
         Meta(
-            description="ClusterCIDR: sources in clusterCIDRs; NodeCIDR: in this node's podCIDRs; None: no detector",
-            pattern="^(ClusterCIDR|NodeCIDR|None)$",
+            description="ClusterCIDR: sources in clusterCIDRs; NodeCIDR: in this node's podCIDRs; BridgeInterface:\n"
+            "what enters by bridgeInterface; InterfaceNamePrefix: by a device of that prefix; None: no detector",
+            pattern="^(ClusterCIDR|NodeCIDR|BridgeInterface|InterfaceNamePrefix|None)$",
         ),
     ] = "ClusterCIDR"
     cluster_cidrs: tuple[str, ...] = field(name="clusterCIDRs", default=())
+    bridge_interface: str = ""
+    interface_name_prefix: str = ""
+
+
+class Conntrack(Section, frozen=True):
+    """Connection tracking of the node, set at start; the limit and the hash table are the whole machine's."""
+
+    max_per_core: Annotated[
+        int, Meta(ge=0, description="entries per CPU, at most 1,048,576 in all; 0 leaves the limit alone")
+    ] = 32_768
+    min: Annotated[int, Meta(ge=0, description="entries at least")] = 131_072
+    tcp_established_seconds: Annotated[int, Meta(ge=0, description="idle time; 0 here and below: left alone")] = 86_400
+    tcp_close_wait_seconds: Annotated[int, Meta(ge=0)] = 3_600
+    tcp_be_liberal: Annotated[bool, Meta(description="accept TCP packets outside the window")] = False
+    udp_seconds: Annotated[int, Meta(ge=0, description="of UDP that nobody answered")] = 0
+    udp_stream_seconds: Annotated[int, Meta(ge=0, description="of UDP that was answered")] = 0
 
 
 class NodeConfiguration(Section, frozen=True):
@@ -70,14 +87,26 @@ class NodeConfiguration(Section, frozen=True):
     masquerade_all: Annotated[bool, Meta(description="masquerade every connection to a ClusterIP")] = False
     node_port_addresses: Annotated[
         tuple[str, ...],
-        Meta(description="CIDRs of node addresses that accept NodePorts; primary: those of the Node object"),
+        Meta(
+            description="CIDRs of node addresses that accept NodePorts; primary: those of the Node object; all: every "
+            "one but loopback;\nlocalhost: 127.0.0.1 and ::1, for TCP"
+        ),
     ] = ("primary",)
+    node_address: Annotated[
+        str, Meta(description="the primary address of its family, in place of the Node object's; empty: none")
+    ] = ""
+    conntrack: Annotated[
+        Conntrack | None, Meta(description="conntrack sysctls to set at start; null: none is touched")
+    ] = None
     state_directory: Annotated[str, Meta(description="the last good state is kept here")] = "/var/lib/vcproxy"
     admin_socket: Annotated[str, Meta(description="unix socket behind status and get")] = "/run/vcproxy/node.sock"
     metrics_address: Annotated[str, Meta(description="host:port of /metrics; empty: none")] = "127.0.0.1:10249"
     health_address: Annotated[str, Meta(description="host:port of /healthz, /livez, /readyz; empty: none")] = (
         "0.0.0.0:10256"
     )
+    bind_hard_fail: Annotated[
+        bool, Meta(description="end when one of these two is taken; false: try again every five seconds")
+    ] = True
     log_level: Annotated[
         str, Meta(description="debug, info, warning or error", pattern="^(debug|info|warning|error)$")
     ] = "info"

@@ -12,6 +12,8 @@ whose placement it had not written yet), so what is remembered adds to them and 
 import asyncio
 from collections.abc import Callable, Mapping
 
+import msgspec
+
 from vcproxy.backend.protocol import Attachments, Backend, BackendError, NodeState
 from vcproxy.model.node import NodeFacts
 from vcproxy.node.attachments import QUARANTINE, Names, attach
@@ -90,7 +92,15 @@ class Duties:
         self._watch(fileno)
 
     def learn(self, facts: NodeFacts) -> None:
-        """The brain told these facts of the node."""
+        """The brain told these facts of the node.
+
+        A Node object that is gone says nothing, and what is programmed goes on as it is until there is one again.
+        """
+        if (known := self.facts) is not None and not (facts.zone or facts.addresses or facts.pod_ranges):
+            log.warning("there is no Node object of this node; its last zone, addresses and podCIDRs stay in use")
+            facts = msgspec.structs.replace(
+                facts, zone=known.zone, addresses=known.addresses, pod_ranges=known.pod_ranges
+            )
         if facts != self.facts:
             if self.facts is not None and facts.eligible != self.facts.eligible:
                 log.info("load balancers are told of the Node's fate by /healthz", eligible=facts.eligible)

@@ -1,8 +1,9 @@
 """The node's own facts as a backend wants them: from configuration, the brain's facts and the kernel's addresses. Pure.
 
-As kube-proxy: NodePorts are accepted on the addresses of the Node object ("primary"), or on the kernel's addresses
-inside the configured CIDRs, never on loopback; a source is local, and so dials ClusterIPs without masquerade, by the
-ranges of the detector.
+As kube-proxy: NodePorts are accepted on the Node object's first address of each family ("primary"), and on the kernel's
+addresses inside the configured CIDRs ("all": every one), never on loopback (see `localhost`); a client is local, and so
+dials ClusterIPs without masquerade, by the ranges or the devices of the detector. Other than kube-proxy, which ends and
+starts again, all of this follows the Node object and the kernel while running.
 """
 
 import ipaddress
@@ -11,33 +12,48 @@ from collections.abc import Collection, Sequence
 import msgspec
 
 from vcproxy.backend.protocol import NodeState
-from vcproxy.model.addresses import AddressError, Prefix, parse_prefix
+from vcproxy.model.addresses import AddressError, Prefix, parse_address, parse_prefix
 from vcproxy.model.node import NodeFacts
-from vcproxy.node.config import NodeConfiguration
+from vcproxy.node.config import DetectLocal, NodeConfiguration
 from vcproxy.ops.configfile import ConfigError
 
-PRIMARY = "primary"
+PRIMARY, LOCALHOST, ALL = "primary", "localhost", "all"
+_KEYWORDS = {ALL: ("0.0.0.0/0", "::/0"), LOCALHOST: ("127.0.0.0/8", "::1/128"), PRIMARY: ()}
+LONGEST_INTERFACE = 15  # octets: IFNAMSIZ without its NUL
 
 
 class NodeRules(msgspec.Struct, frozen=True):
-    """The parts of the configuration that make a NodeState, parsed. `detector` is the mode of DetectLocal."""
+    """The parts of the configuration that make a NodeState, parsed. `detector` is the mode of DetectLocal.
+
+    `node_address`: the primary address of its family in place of the Node object's. `interfaces`: see NodeState.
+    """
 
     primary: bool
+    node_address: bytes
     node_port_ranges: tuple[Prefix, ...]
     detector: str
     cluster_ranges: tuple[Prefix, ...]
+    interfaces: tuple[str, ...]
     masquerade_all: bool
+
+    @property
+    def localhost(self) -> tuple[int, ...]:
+        """Families, 4 and 6, in which NodePorts are accepted on loopback: named as such, not just covered."""
+        loopback = (prefix for prefix in self.node_port_ranges if ipaddress.ip_address(prefix.address).is_loopback)
+        return tuple(sorted({4 if len(prefix.address) == 4 else 6 for prefix in loopback}))
 
 
 def node_rules(config: NodeConfiguration) -> NodeRules:
     """Parse the configured ranges. Raises ConfigError that names the field."""
+    ports = config.node_port_addresses
+    texts = [cidr for text in ports for cidr in _KEYWORDS.get(text, (text,))]
     return NodeRules(
-        primary=PRIMARY in config.node_port_addresses,
-        node_port_ranges=_prefixes(
-            "nodePortAddresses", [text for text in config.node_port_addresses if text != PRIMARY]
-        ),
+        primary=PRIMARY in ports,
+        node_address=_address("nodeAddress", config.node_address) if config.node_address else b"",
+        node_port_ranges=_prefixes("nodePortAddresses", texts),
         detector=config.detect_local.mode,
         cluster_ranges=_prefixes("detectLocal.clusterCIDRs", config.detect_local.cluster_cidrs),
+        interfaces=_interfaces(config.detect_local),
         masquerade_all=config.masquerade_all,
     )
 
@@ -48,7 +64,7 @@ def node_state(rules: NodeRules, facts: NodeFacts, local_addresses: Collection[b
     A detector without ranges (ClusterCIDR without clusterCIDRs, or a node that has no podCIDR yet) is no detector, as
     in kube-proxy: with an empty one every pod would be masqueraded.
     """
-    accepted = set(facts.addresses) if rules.primary else set()
+    accepted = set(primary_addresses(rules, facts)) if rules.primary else set()
     accepted.update(
         address for address in local_addresses if any(prefix.covers(address) for prefix in rules.node_port_ranges)
     )
@@ -56,8 +72,9 @@ def node_state(rules: NodeRules, facts: NodeFacts, local_addresses: Collection[b
     return NodeState(
         node_addresses=tuple(sorted(address for address in accepted if not ipaddress.ip_address(address).is_loopback)),
         local_sources=ranges or None,
+        local_interfaces=rules.interfaces,
         masquerade_all=rules.masquerade_all,
-        own_addresses=facts.addresses,
+        own_addresses=(*facts.addresses, *([rules.node_address] if rules.node_address else ())),
     )
 
 
@@ -71,6 +88,34 @@ def listen_addresses(rules: NodeRules, state: NodeState, local_addresses: Collec
     families = {len(address) for address in wildcards}
     found = {address for address in state.node_addresses if len(address) not in families and address in local_addresses}
     return tuple(sorted(wildcards | found))
+
+
+def primary_addresses(rules: NodeRules, facts: NodeFacts) -> list[bytes]:
+    """The node's address of each family: the configured one, else the Node object's first."""
+    first = {len(address): address for address in (*reversed(facts.addresses), rules.node_address) if address}
+    return list(first.values())
+
+
+def _interfaces(config: DetectLocal) -> tuple[str, ...]:
+    match config.mode:
+        case "BridgeInterface":
+            field, name, wildcard = "bridgeInterface", config.bridge_interface, ""
+        case "InterfaceNamePrefix":
+            field, name, wildcard = "interfaceNamePrefix", config.interface_name_prefix, "*"
+        case _:
+            return ()
+    if not 0 < len(name.encode()) <= LONGEST_INTERFACE or set(name) & set("*/ \0\n\t"):
+        raise ConfigError(
+            f"detectLocal.{field}: {name!r} is no device name: 1 to {LONGEST_INTERFACE} octets, without space, / and *"
+        )
+    return (name + wildcard,)
+
+
+def _address(field: str, text: str) -> bytes:
+    try:
+        return parse_address(text)
+    except AddressError as error:
+        raise ConfigError(f"{field}: {error}") from error
 
 
 def _prefixes(field: str, texts: Sequence[str]) -> tuple[Prefix, ...]:

@@ -10,6 +10,7 @@ from tests.unit.brain.kinds import endpoint_slice, node, pod
 from vcproxy.brain.placement import Claim, Placement, Scope, pod_claims, slice_claims
 from vcproxy.brain.sources.selfplaced import SelfPlaced
 from vcproxy.brain.sources.supercluster import Whereabouts, facts_of_node, tenant_of_pod
+from vcproxy.kube import shapes
 from vcproxy.kube.errors import ShapeError
 from vcproxy.kube.reflector import Deleted, Listed, Malformed, Upserted
 from vcproxy.model.addresses import parse_address, parse_prefix
@@ -226,11 +227,7 @@ def test_whose_a_super_cluster_pod_is(labels: dict[str, str], uid: str | None) -
 def test_facts_of_a_node() -> None:
     found = node("n1", zone="z", addresses=("192.0.2.2", "2001:db8::2", "bad"), pod_cidrs=("10.1.0.0/24", "worse"))
     assert facts_of_node(found) == NodeFacts(
-        "z",
-        (parse_address("2001:db8::2"), parse_address("192.0.2.2"))
-        if parse_address("2001:db8::2") < parse_address("192.0.2.2")
-        else (parse_address("192.0.2.2"), parse_address("2001:db8::2")),
-        (parse_prefix("10.1.0.0/24"),),
+        "z", (parse_address("192.0.2.2"), parse_address("2001:db8::2")), (parse_prefix("10.1.0.0/24"),)
     )
 
 
@@ -260,6 +257,15 @@ def test_a_node_without_a_node_object_is_eligible_until_all_nodes_are_known(plac
     assert placement.facts("n9").eligible
     placement.put_facts("n9", None)
     assert placement.facts("n9") == NodeFacts(eligible=False)
+
+
+def test_the_internal_address_of_a_node_comes_first() -> None:
+    said = tuple(
+        shapes.NodeAddress(type=kind, address=address)
+        for kind, address in (("Hostname", "n1"), ("ExternalIP", "198.51.100.2"), ("InternalIP", "192.0.2.2"))
+    )
+    found = shapes.Node(metadata=shapes.NodeMetadata(name="n1"), status=shapes.NodeStatus(addresses=said))
+    assert facts_of_node(found).addresses == (parse_address("192.0.2.2"), parse_address("198.51.100.2"))
 
 
 ACME = {"vcproxy.dev/tenant": "acme"}

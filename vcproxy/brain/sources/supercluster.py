@@ -28,7 +28,7 @@ CLUSTER_LABEL = "tenancy.x-k8s.io/cluster"
 VC_NAME_LABEL = "tenancy.x-k8s.io/vcname"
 ZONE_LABEL = "topology.kubernetes.io/zone"
 TO_BE_DELETED_TAINT = "ToBeDeletedByClusterAutoscaler"
-_NODE_ADDRESSES = ("InternalIP", "ExternalIP")
+_NODE_ADDRESSES = ("InternalIP", "ExternalIP")  # as Kubernetes prefers them (GetNodeHostIPs)
 
 Key = tuple[str, str]
 
@@ -44,13 +44,14 @@ def tenant_of_pod(pod: shapes.Pod) -> str | None:
 
 def facts_of_node(node: shapes.Node) -> NodeFacts:
     """What a Node object says of its node; addresses and ranges that cannot be read are left out."""
-    addresses: set[bytes] = set()
-    for said in node.status.addresses:
-        if said.type in _NODE_ADDRESSES:
-            try:
-                addresses.add(parse_address(said.address))
-            except AddressError:
-                continue
+    addresses: dict[bytes, None] = {}
+    for kind in _NODE_ADDRESSES:
+        for said in node.status.addresses:
+            if said.type == kind:
+                try:
+                    addresses[parse_address(said.address)] = None
+                except AddressError:
+                    continue
     ranges: list[Prefix] = []
     for text in node.spec.pod_cidrs:
         try:
@@ -59,7 +60,7 @@ def facts_of_node(node: shapes.Node) -> NodeFacts:
             continue
     leaving = node.metadata.deletion_timestamp or any(taint.key == TO_BE_DELETED_TAINT for taint in node.spec.taints)
     zone = node.metadata.labels.get(ZONE_LABEL, "")
-    return NodeFacts(zone, tuple(sorted(addresses)), tuple(ranges), eligible=not leaving)
+    return NodeFacts(zone, tuple(addresses), tuple(ranges), eligible=not leaving)
 
 
 class Whereabouts:
