@@ -26,6 +26,7 @@ class SuperCluster(Section, frozen=True):
     kubeconfig: Annotated[
         str | None, Meta(description="path of a kubeconfig; empty: the in-cluster service account")
     ] = None
+    server: Annotated[str, Meta(description="https://HOST:PORT of the API server, in place of the kubeconfig's")] = ""
     services: Annotated[bool, Meta(description="proxy its own Services, as tenant `super`")] = True
     pods: Annotated[
         bool, Meta(description="read its Pods, which say where whose pods run; false: tenants go to every node")

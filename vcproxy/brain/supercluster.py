@@ -24,6 +24,7 @@ from vcproxy.kube.decode import NODES, PODS, Resource
 from vcproxy.kube.errors import KubeconfigError
 from vcproxy.kube.kubeconfig import Credentials, in_cluster, load_kubeconfig_file
 from vcproxy.kube.reflector import Broken, Event, Recovered
+from vcproxy.kube.servers import normalise_server
 from vcproxy.model.tenant import SUPER_UID, Tenant
 from vcproxy.ops import logs
 from vcproxy.ops.configfile import ConfigError
@@ -123,4 +124,5 @@ def _whereabouts(config: SuperCluster) -> tuple[Resource[Any], ...]:
 
 def credentials_of(config: SuperCluster) -> Credentials:
     """What the configuration says how to reach the super cluster with. Reads files. Raises KubeconfigError."""
-    return load_kubeconfig_file(Path(config.kubeconfig)) if config.kubeconfig else in_cluster()
+    found = load_kubeconfig_file(Path(config.kubeconfig)) if config.kubeconfig else in_cluster()
+    return replace(found, server=normalise_server(config.server)) if config.server else found

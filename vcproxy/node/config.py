@@ -89,7 +89,7 @@ class NodeConfiguration(Section, frozen=True):
         tuple[str, ...],
         Meta(
             description="CIDRs of node addresses that accept NodePorts; primary: those of the Node object; all: every "
-            "one but loopback;\nlocalhost: 127.0.0.1 and ::1, for TCP"
+            "one but loopback;\nlocalhost: 127.0.0.1 and ::1, for TCP and the super cluster"
         ),
     ] = ("primary",)
     node_address: Annotated[

@@ -9,20 +9,21 @@ keeps forwarding.
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from vcproxy.backend import registry
 from vcproxy.backend.protocol import Backend
 from vcproxy.model.endpoints import name_id
 from vcproxy.model.tenant import SUPER_UID
-from vcproxy.node import health, proxymetrics
+from vcproxy.node import configz, health, proxymetrics, sysctls
 from vcproxy.node.agent import Agent
 from vcproxy.node.cache import Cache
 from vcproxy.node.config import NodeConfiguration
 from vcproxy.node.holdings import Held, Holdings, SessionEvent
 from vcproxy.node.links import LinkMonitor
+from vcproxy.node.localhost import LocalhostNodePorts
 from vcproxy.node.localpolicy import ServiceId
 from vcproxy.node.look import health_of, is_healthy, status_of, tenant_rows
 from vcproxy.node.nodestate import node_rules
@@ -33,6 +34,8 @@ from vcproxy.ops.configfile import ConfigError
 from vcproxy.ops.events import Event, EventRecorder
 from vcproxy.ops.stopping import until_stopped
 
+BIND_AGAIN = 5.0  # seconds, as kube-proxy
+
 log = logs.get("node")
 
 
@@ -40,15 +43,22 @@ class NodeAgent:
     """The program behind `vcproxy node`.
 
     `backend`: in place of the configured one. `events`: what kube-proxy writes Events about is written there; without
-    it (an agent of its own has no credentials for any API server) the log and `status` have it. Raises ConfigError when
-    the configuration cannot be used, and BackendUnavailable when the backend does not exist.
+    it (an agent of its own has no credentials for any API server) the log and `status` have it. `shown`: what /configz
+    shows, by API group, in place of `config`. Raises ConfigError when the configuration cannot be used, and
+    BackendUnavailable when the backend does not exist.
     """
 
     def __init__(
-        self, config: NodeConfiguration, *, backend: Backend | None = None, events: EventRecorder | None = None
+        self,
+        config: NodeConfiguration,
+        *,
+        backend: Backend | None = None,
+        events: EventRecorder | None = None,
+        shown: Mapping[str, Any] | None = None,
     ) -> None:
         self._events = events
         self._config = config
+        self._shown = shown or configz.document(config)
         self.node = config.node_name or socket.gethostname().lower()
         self._holdings = Holdings()
         self._cache = Cache(Path(config.state_directory), node=self.node, holdings=self._holdings)
@@ -64,14 +74,17 @@ class NodeAgent:
             holdings=self._holdings,
             sink=self._sink,
         )
+        rules = node_rules(config)
+        backend = backend or _backend(config)
+        self._localhost = LocalhostNodePorts(rules.localhost)
         self._agent = Agent(
             node=self.node,
-            backend=backend or _backend(config),
+            backend=self._localhost.watch(backend) if rules.localhost else backend,
             holdings=self._holdings,
             acknowledge=self._session,
             memory=self._cache,
             attachments=config.attachments,
-            rules=node_rules(config),
+            rules=rules,
         )
         self._health_checks = HealthCheckNodePorts(
             self._agent.progress.local,
@@ -95,22 +108,16 @@ class NodeAgent:
         config = self._config
         async with contextlib.AsyncExitStack() as stack:
             proxymetrics.begin()
-            await stack.enter_async_context(
-                _serving("healthAddress", config.health_address, health.handlers(lambda: health_of(self._agent)))
-            )
-            await stack.enter_async_context(
-                _serving(
-                    "metricsAddress",
-                    config.metrics_address,
-                    {"/metrics": metrics.show, "/healthz": health.ping, "/healthz/ping": health.ping},
-                )
-            )
+            late = [served for served in self._served() if not await served.begin(stack)]
             stack.push_async_callback(self._cache.flush)
             stack.push_async_callback(self._agent.close)
             stack.enter_context(LinkMonitor(self._agent.see_links))
             remembered = await asyncio.to_thread(self._cache.load)
             log.info("starting", node=self.node, backend=config.backend.name, remembered=len(remembered.tenants))
             await self._agent.start(remembered.tenants, remembered.facts, remembered.placement)
+            if config.conntrack is not None:
+                # Behind the backend, whose table has the kernel load the module that these are of.
+                await asyncio.to_thread(sysctls.apply, config.conntrack)
             await stack.enter_async_context(admin.serve(config.admin_socket, self._routes()))
             log.info("started", node=self.node, tenants=len(self._holdings))
             async with asyncio.TaskGroup() as group:
@@ -121,6 +128,24 @@ class NodeAgent:
                 group.create_task(self._health_checks.run())
                 group.create_task(self._cache.run())
                 group.create_task(self._session.run())
+                group.create_task(self._localhost.run())
+                for served in late:
+                    group.create_task(served.begin_later())
+
+    def _served(self) -> "tuple[_Served, ...]":
+        config = self._config
+        healthy = health.handlers(lambda: health_of(self._agent))
+        pings = {"/healthz": health.ping, "/healthz/ping": health.ping}
+        shown = {"/metrics": metrics.show, **pings, **configz.handlers(self._shown, mode=config.backend.name)}
+        return (
+            _Served("healthAddress", config.health_address, healthy, config.bind_hard_fail),
+            _Served("metricsAddress", config.metrics_address, shown, config.bind_hard_fail),
+        )
+
+    def has_programmed(self, uid: str) -> bool:
+        """True once this run has programmed all of a tenant."""
+        state = self._agent.progress.tenants.get(uid)
+        return state is not None and state.revision is not None
 
     def _not_listening(self, service: ServiceId, port: int, reason: str) -> None:
         """Nobody listens on a health-check node port: tell the super cluster of its own Services."""
@@ -173,14 +198,33 @@ def _backend(config: NodeConfiguration) -> Backend:
         raise ConfigError(f"backend.options: {error}") from error
 
 
-@contextlib.asynccontextmanager
-async def _serving(field: str, address: str, handlers: Mapping[str, metrics.Handler]) -> AsyncIterator[None]:
-    async with contextlib.AsyncExitStack() as stack:
+class _Served(NamedTuple):
+    """An address to serve on. `hard_fail`: that it is taken is an error; else it is tried again and again."""
+
+    field: str
+    address: str
+    handlers: Mapping[str, metrics.Handler]
+    hard_fail: bool
+
+    async def begin(self, stack: contextlib.AsyncExitStack) -> bool:
+        """Serve for as long as `stack` is open; False: not yet. Raises ConfigError."""
         try:
-            await stack.enter_async_context(metrics.serve(address, handlers))
+            await stack.enter_async_context(metrics.serve(self.address, self.handlers))
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{field} {address}: cannot be served on: {error}: stop what listens there (kube-proxy?), "
-                'choose another address, or "" for none'
-            ) from error
-        yield
+            if self.hard_fail or not isinstance(error, OSError):
+                raise ConfigError(
+                    f"{self.field} {self.address}: cannot be served on: {error}: stop what listens there "
+                    '(kube-proxy?), choose another address, or "" for none'
+                ) from error
+            log.warning("cannot serve on an address; trying again", field=self.field, error=str(error))
+            return False
+        return True
+
+    async def begin_later(self) -> NoReturn:
+        """Serve as soon as it can be, for ever."""
+        while True:
+            await asyncio.sleep(BIND_AGAIN)
+            with contextlib.suppress(OSError):
+                async with metrics.serve(self.address, self.handlers):
+                    log.info("serving now", field=self.field, address=self.address)
+                    await asyncio.Event().wait()

@@ -8,9 +8,9 @@ the error position and `vcproxy config default` come from there.
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import msgspec
 import yaml
@@ -40,28 +40,50 @@ def load(path: Path, shape: type[T]) -> T:
 
 def parse(text: str, shape: type[T], *, source: str) -> T:
     """Like `load`, from text; `source` stands where errors name the file."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}" if mark else source
-        raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{source}:1: expected a mapping with apiVersion: {API_VERSION} and kind: {shape.__name__}")
-    for field, wanted in (("apiVersion", API_VERSION), ("kind", shape.__name__)):
-        if value.pop(field, None) != wanted:
-            line = positions.line(root, (field,)) or 1
-            raise ConfigError(f"{source}:{line}: {field}: expected {wanted}")
-    try:
-        return msgspec.convert(value, shape, strict=True)
-    except msgspec.ValidationError as error:
-        message, _, place = str(error).partition(" - at `")
-        path = positions.steps(place.rstrip("`").removeprefix("$"))
-        if unknown := re.search(r"unknown field `([^`]*)`", message):
-            path = (*path, unknown[1])
+    document = Document.read(text, source=source, api_version=API_VERSION, kind=shape.__name__)
+    return document.shaped(shape)
+
+
+class Document(NamedTuple):
+    """A YAML mapping of one apiVersion and kind, which knows the lines of its fields. `value` is without those two."""
+
+    source: str
+    root: yaml.Node | None
+    value: dict[str, Any]
+
+    @classmethod
+    def read(cls, text: str, *, source: str, api_version: str, kind: str) -> "Document":
+        """Raises ConfigError for what is not YAML, or something else."""
+        try:
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{source}:{mark.line + 1}" if mark else source
+            raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
+        if not isinstance(value, dict):
+            raise ConfigError(f"{source}:1: expected a mapping with apiVersion: {api_version} and kind: {kind}")
+        for field, wanted in (("apiVersion", api_version), ("kind", kind)):
+            if value.pop(field, None) != wanted:
+                line = positions.line(root, (field,)) or 1
+                raise ConfigError(f"{source}:{line}: {field}: expected {wanted}")
+        return cls(source, root, value)
+
+    def where(self, path: positions.Path) -> str:
+        """`FILE:LINE: FIELD`."""
         name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
-        raise ConfigError(f"{source}:{positions.line(root, path) or 1}: {name or 'file'}: {message}") from error
+        return f"{self.source}:{positions.line(self.root, path) or 1}: {name or 'file'}"
+
+    def shaped(self, shape: type[T], *, dec_hook: Callable[[type, Any], Any] | None = None) -> T:
+        """The value as a Struct. Raises ConfigError."""
+        try:
+            return msgspec.convert(self.value, shape, strict=True, dec_hook=dec_hook)
+        except msgspec.ValidationError as error:
+            message, _, place = str(error).partition(" - at `")
+            path = positions.steps(place.rstrip("`").removeprefix("$"))
+            if unknown := re.search(r"unknown field `([^`]*)`", message):
+                path = (*path, unknown[1])
+            raise ConfigError(f"{self.where(path)}: {message}") from error
 
 
 def describe(shape: type[msgspec.Struct]) -> str:
