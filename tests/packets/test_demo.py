@@ -96,7 +96,7 @@ def test_run_serves_a_node_alone(tmp_path: Path) -> None:
         command = [
             *VCPROXY, "run", "--no-super-cluster", "--tenants", str(tmp_path / "tenants"), "--hostname-override", "one",
             "--runtime-directory", str(tmp_path / "run"), "--state-directory", str(tmp_path / "state"),
-            "--healthz-bind-address", "127.0.0.1:10256", "--metrics-bind-address", "", "--log-format", "text",
+            "--healthz-bind-address", "127.0.0.1:10256", "--metrics-bind-address", "",
         ]  # fmt: skip
         with (tmp_path / "log").open("wb") as log:
             process = node.spawn(command, stdout=log, stderr=log)

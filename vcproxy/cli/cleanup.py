@@ -19,12 +19,18 @@ from vcproxy.cli.main import Failure
 def cleanup(backend: str, state_directory: str, keep_state: bool) -> None:
     """Remove all that vcproxy put on this node: its table, its tenants' connections, its state on disk.
 
-    Other tables are neither read nor written. Stop the node agent first, or it puts everything back within a second.
+    Other tables are neither read nor written (`vcproxy run --cleanup` removes what kube-proxy left, too). Stop the node
+    agent first, or it puts everything back within a second.
     """
+    clean(backend, None if keep_state else Path(state_directory))
+    click.echo("cleaned up")
+
+
+def clean(backend: str, state: Path | None) -> None:
+    """Do it; `state`: the folder to remove, None for none. Raises Failure."""
     try:
         registry.create(backend, {}).cleanup()
     except BackendError as error:
         raise Failure(str(error)) from error
-    if not keep_state and Path(state_directory).is_dir():
-        shutil.rmtree(state_directory)
-    click.echo("cleaned up")
+    if state is not None and state.is_dir():
+        shutil.rmtree(state)

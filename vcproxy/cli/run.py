@@ -1,148 +1,275 @@
 """`vcproxy run`: brain and node agent in one process, in kube-proxy's place on one node.
 
+All of kube-proxy's flags and its configuration file are understood; what they mean is `vcproxy.kubeproxy`'s business.
 The two halves talk as they always do, over gRPC with mutual TLS, here on a unix socket and with certificates that live
 as long as the process: one path through the code, whether they share a process or a continent.
 """
 
 import asyncio
-import ipaddress
 import os
 import socket
 import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import click
+import msgspec
 
-from vcproxy.brain.config import BrainConfiguration, DirectorySource, Listen, SuperCluster, Tenants, TenantSource
+from vcproxy.brain.config import BrainConfiguration
 from vcproxy.cli.daemons import run_daemon
-from vcproxy.cli.main import Failure
-from vcproxy.node.config import BrainAddress, DetectLocal, NodeConfiguration
+from vcproxy.cli.main import Failure, version
+from vcproxy.kubeproxy import flags, judging, leftovers, reading, takeover, translation
+from vcproxy.kubeproxy.configuration import GROUP, KubeProxyConfiguration, external
+from vcproxy.kubeproxy.flags import Flag
+from vcproxy.kubeproxy.reading import Read, Warned
+from vcproxy.kubeproxy.translation import BRAIN_NAME, Surroundings
+from vcproxy.model.tenant import SUPER_UID
+from vcproxy.node.config import NodeConfiguration
 from vcproxy.ops import logs, pki, stopping
+from vcproxy.ops.configfile import ConfigError
 
-BRAIN_NAME = "vcproxy-brain"
+CONFIG_POLL_SECONDS = 5.0
+
+log = logs.get("run")
+
+Given = Mapping[str, Sequence[str]]
+"""Values of kube-proxy's flags by name, in the order given."""
 
 
-@click.command()
-@click.option("--kubeconfig", type=click.Path(), help="Of the cluster that owns the node; default: in-cluster.")
+class Options(NamedTuple):
+    """vcproxy's own flags."""
+
+    tenants: str
+    no_super_cluster: bool
+    take_over: bool
+    state_directory: str
+    runtime_directory: str
+
+
+def _kube_proxy_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    for flag in reversed(flags.ALL):
+        command = _option(flag)(command)
+    return command
+
+
+def _option(flag: Flag) -> Callable[..., Any]:
+    """All values are text here and read in one place, so that errors look alike. A switch needs no value."""
+    names = [flag.option, _parameter(flag)] + (["-v"] if flag.name == "v" else [])
+    if flag.is_switch:
+        look: dict[str, Any] = {"is_flag": False, "flag_value": "true", "metavar": "[BOOL]"}
+    else:
+        look = {"metavar": "N" if flag.kind in (flags.integer, flags.decimal, flags.level) else "TEXT"}
+    return click.option(*names, multiple=True, help=flag.help, hidden=flag.hidden, **look)
+
+
+def _parameter(flag: Flag) -> str:
+    return "kp_" + flag.name.replace("-", "_")
+
+
+@click.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
+@click.option("--tenants", default="", help="Folder with NAME.kubeconfig or NAME/*.yaml a tenant.")
 @click.option("--no-super-cluster", is_flag=True, help="Proxy only the tenants of --tenants.")
-@click.option(
-    "--tenants", type=click.Path(file_okay=False), help="Folder with NAME.kubeconfig or NAME/*.yaml a tenant."
-)
-@click.option("--hostname-override", default="", help="Name of this node; default: the host name.")
-@click.option("--cluster-cidr", default="", help="Pod ranges, comma-separated: their traffic is not masqueraded.")
-@click.option(
-    "--detect-local-mode",
-    type=click.Choice(["ClusterCIDR", "NodeCIDR"]),
-    default="ClusterCIDR",
-    show_default=True,
-    help="How local pods are told from other clients.",
-)
-@click.option("--nodeport-addresses", default="primary", show_default=True, help="CIDRs, comma-separated, or primary.")
-@click.option("--masquerade-all", is_flag=True, help="Masquerade every connection to a ClusterIP.")
-@click.option("--healthz-bind-address", default="0.0.0.0:10256", show_default=True, help="Empty: none.")
-@click.option("--metrics-bind-address", default="127.0.0.1:10249", show_default=True, help="Empty: none.")
+@click.option("--take-over", is_flag=True, help="Remove what a kube-proxy left, once all is programmed; see below.")
 @click.option("--state-directory", default="/var/lib/vcproxy", show_default=True, type=click.Path(file_okay=False))
 @click.option("--runtime-directory", default="/run/vcproxy", show_default=True, type=click.Path(file_okay=False))
-@click.option("--log-format", type=click.Choice(["json", "text"]), default="json", show_default=True)
-def run(**flags: Any) -> None:
+@click.option("--version", "show_version", is_flag=False, flag_value="true", default=None, help="Print it, and end.")
+@_kube_proxy_flags
+def run(
+    tenants: str,
+    no_super_cluster: bool,
+    take_over: bool,
+    state_directory: str,
+    runtime_directory: str,
+    show_version: str | None,
+    **values: tuple[str, ...],
+) -> None:
     """Run brain and node agent in one process: the drop-in for kube-proxy on one node.
+
+    All of kube-proxy's flags (1.37) are understood. What has no effect here is named in a warning, with the reason.
 
     \b
     Examples:
-      vcproxy run --kubeconfig /var/lib/kube-proxy/kubeconfig.conf --cluster-cidr 10.244.0.0/16
+      vcproxy run --config=/var/lib/kube-proxy/config.conf --hostname-override=$NODE_NAME
+      vcproxy run --kubeconfig /var/lib/kube-proxy/kubeconfig.conf --cluster-cidr 10.244.0.0/16 --take-over
       vcproxy run --no-super-cluster --tenants ./tenants
+      vcproxy run --config=/var/lib/kube-proxy/config.conf --init-only     # privileged; later with CAP_NET_ADMIN
+      vcproxy run --cleanup
+
+    --take-over: rules that a kube-proxy of any mode left on this node stay until vcproxy has programmed the super
+    cluster's Services, and are removed then; connections live on. A kube-proxy that still runs is named, and waited
+    for: stop it.
     """
+    if show_version is not None and show_version != "false":
+        click.echo(f"vcproxy {version()}")
+        return
+    given = {flag.name: values[_parameter(flag)] for flag in flags.ALL if values[_parameter(flag)]}
+    options = Options(tenants, no_super_cluster, take_over, state_directory, runtime_directory)
+    try:
+        _run(given, options)
+    except ConfigError as error:
+        raise Failure(str(error)) from error
+
+
+def _run(given: Given, options: Options) -> None:
+    file = _action(given, "config")
+    read = flags.over_file(reading.read_file(Path(file)), given) if file else flags.from_flags(given)
+    config = read.config
+    judging.check(config, read.origin)
+    logs.configure(translation.log_level(config), config.logging.format)
+    if target := _action(given, "write-config-to"):
+        _write(config, Path(target))
+        return
+    if _switched(given, "cleanup"):
+        _clean(options)
+        return
+    _warn((*read.warned, *judging.warnings(config, read.origin)))
+    if _switched(given, "init-only"):
+        _initialise(config)
+        return
+    if options.no_super_cluster and not options.tenants:
+        raise ConfigError("--no-super-cluster leaves nothing to proxy: give --tenants DIRECTORY")
+    if options.no_super_cluster and options.take_over:
+        raise ConfigError("--take-over with --no-super-cluster: nobody would serve what kube-proxy serves; drop one")
+    _serve(read, options, master=_action(given, "master"), file=file)
+
+
+def _action(given: Given, name: str) -> str:
+    return given[name][-1] if name in given else ""
+
+
+def _switched(given: Given, name: str) -> bool:
+    flag = next(flag for flag in flags.ACTIONS if flag.name == name)
+    return name in given and bool(flags.parsed(flag, given[name]))
+
+
+def _warn(warned: Iterable[Warned]) -> None:
+    for warning in warned:
+        log.warning("a setting without its effect", setting=warning.where, why=warning.why)
+
+
+def _write(config: KubeProxyConfiguration, path: Path) -> None:
+    try:
+        path.write_bytes(msgspec.yaml.encode(external(config)))
+    except OSError as error:
+        raise ConfigError(f"--write-config-to {path}: {error.strerror}") from error
+    log.info("wrote the configuration", file=str(path))
+
+
+def _clean(options: Options) -> None:
+    from vcproxy.cli.cleanup import clean
+
+    clean("nftables", Path(options.state_directory))
+    found = leftovers.find()
+    takeover.warn(leftovers.Leftovers(processes=found.processes), taking_over=True)
+    try:
+        leftovers.remove(found)
+    except leftovers.LeftoverError as error:
+        raise Failure(str(error)) from error
+    for rule in found.rules:
+        click.echo(f"removed {rule}")
+    click.echo("cleaned up")
+
+
+def _initialise(config: KubeProxyConfiguration) -> None:
+    """What later needs more than CAP_NET_ADMIN: sysctls and kernel modules. The table is what loads the modules."""
+    from vcproxy.backend import registry
+    from vcproxy.backend.protocol import BackendError
+    from vcproxy.node import sysctls
+
+    backend = registry.create("nftables", {})
+    try:
+        backend.open()
+        backend.close()
+    except BackendError as error:
+        raise Failure(str(error)) from error
+    sysctls.apply(translation.conntrack(config))
+    log.info("initialised; run again without --init-only, CAP_NET_ADMIN is enough")
+
+
+def _serve(read: Read, options: Options, *, master: str, file: str) -> None:
     import uvloop
 
-    logs.configure(fmt=flags["log_format"])
-    if flags["no_super_cluster"] and not flags["tenants"]:
-        raise Failure("--no-super-cluster leaves nothing to proxy: give --tenants DIRECTORY")
-    runtime = Path(flags["runtime_directory"])
+    config, runtime = read.config, Path(options.runtime_directory)
     try:
         runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
-        raise Failure(f"--runtime-directory {runtime}: {error.strerror}") from error
-    with tempfile.TemporaryDirectory(prefix="run-", dir=runtime) as directory:
-        node = flags["hostname_override"] or socket.gethostname().lower()
-        brain, agent = configurations(flags, node=node, directory=Path(directory))
-        run_daemon(lambda: _both(brain, agent), loop=uvloop.new_event_loop)
+        raise ConfigError(f"--runtime-directory {runtime}: {error.strerror}") from error
+    _adjust_oom_score(config.oom_score_adj or 0)
+    takeover.warn(leftovers.find(), taking_over=options.take_over)
+    with tempfile.TemporaryDirectory(prefix="run-", dir=runtime) as shared:
+        around = Surroundings(
+            node=config.hostname_override.strip().lower() or socket.gethostname().lower(),
+            shared=shared,
+            state_directory=options.state_directory,
+            runtime_directory=options.runtime_directory,
+            tenants=options.tenants,
+            super_cluster=not options.no_super_cluster,
+            master=master,
+        )
+        brain, agent = translation.configurations(config, around)
+        _issue(Path(shared), around.node)
+        run_daemon(
+            lambda: _both(brain, agent, config, take_over=options.take_over, file=Path(file) if file else None),
+            loop=uvloop.new_event_loop,
+        )
 
 
-def configurations(
-    flags: dict[str, Any], *, node: str, directory: Path
-) -> tuple[BrainConfiguration, NodeConfiguration]:
-    """The configuration of both halves; writes the certificates that they share into `directory` (mode 0700)."""
+def _issue(directory: Path, node: str) -> None:
+    """The certificates of both halves, into a folder of mode 0700."""
     authority = pki.Authority("vcproxy run")
     os.umask(0o077)
     (directory / "ca.crt").write_bytes(authority.certificate)
-    brain_cert, brain_key = authority.server([BRAIN_NAME]).write(directory, "brain")
-    node_cert, node_key = authority.node(node).write(directory, "node")
-    address = f"unix:{directory}/grpc"
-    sources = (TenantSource(directory=DirectorySource(path=flags["tenants"])),) if flags["tenants"] else ()
-    runtime = flags["runtime_directory"]
-    brain = BrainConfiguration(
-        listen=Listen(
-            address=address,
-            cert_file=str(brain_cert),
-            key_file=str(brain_key),
-            client_ca_file=str(directory / "ca.crt"),
-        ),
-        super_cluster=None
-        if flags["no_super_cluster"]
-        else SuperCluster(kubeconfig=flags["kubeconfig"], node=node, pods=bool(sources)),
-        tenants=Tenants(sources=sources),
-        admin_socket=f"{runtime}/brain.sock",
-        metrics_address="",
-        log_format=flags["log_format"],
-    )
-    agent = NodeConfiguration(
-        node_name=node,
-        brain=BrainAddress(
-            addresses=(address,),
-            server_name=BRAIN_NAME,
-            cert_file=str(node_cert),
-            key_file=str(node_key),
-            ca_file=str(directory / "ca.crt"),
-        ),
-        detect_local=DetectLocal(mode=_detector(flags), cluster_cidrs=_cidrs("--cluster-cidr", flags["cluster_cidr"])),
-        masquerade_all=flags["masquerade_all"],
-        node_port_addresses=_cidrs("--nodeport-addresses", flags["nodeport_addresses"], words=("primary",)),
-        state_directory=flags["state_directory"],
-        admin_socket=f"{runtime}/node.sock",
-        health_address=flags["healthz_bind_address"],
-        metrics_address=flags["metrics_bind_address"],
-        log_format=flags["log_format"],
-    )
-    return brain, agent
+    authority.server([BRAIN_NAME]).write(directory, "brain")
+    authority.node(node).write(directory, "node")
 
 
-def _detector(flags: dict[str, Any]) -> str:
-    """Without pod ranges kube-proxy's ClusterCIDR mode has no detector."""
-    mode: str = flags["detect_local_mode"]
-    return "None" if mode == "ClusterCIDR" and not flags["cluster_cidr"] else mode
+def _adjust_oom_score(score: int) -> None:
+    """As kube-proxy: lowering it needs CAP_SYS_RESOURCE, and going on without is better than not to go on."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text(str(score))
+    except OSError as error:
+        log.info("the OOM score stays as it is", wanted=score, error=error.strerror)
 
 
-def _cidrs(flag: str, text: str, words: tuple[str, ...] = ()) -> tuple[str, ...]:
-    cidrs = tuple(part.strip() for part in text.split(",") if part.strip())
-    for cidr in cidrs:
-        if cidr not in words:
-            try:
-                ipaddress.ip_network(cidr, strict=False)
-            except ValueError as error:
-                raise Failure(f"{flag} {text}: {error}") from error
-    return cidrs
-
-
-async def _both(brain: BrainConfiguration, agent: NodeConfiguration) -> None:
+async def _both(
+    brain: BrainConfiguration,
+    node: NodeConfiguration,
+    config: KubeProxyConfiguration,
+    *,
+    take_over: bool,
+    file: Path | None,
+) -> None:
     from vcproxy.brain.service import Brain
     from vcproxy.brain.supercluster import credentials_of
     from vcproxy.node.service import NodeAgent
     from vcproxy.ops.events import EventRecorder
 
     cluster = brain.super_cluster
-    recorder = EventRecorder(lambda: credentials_of(cluster), host=agent.node_name) if cluster else None
+    recorder = EventRecorder(lambda: credentials_of(cluster), host=node.node_name) if cluster else None
+    agent = NodeAgent(node, events=recorder, shown={GROUP: external(config)})
     with stopping.signals() as stop:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(Brain(brain).run(stop))
-            group.create_task(NodeAgent(agent, events=recorder).run(stop))
+
+        async def serve() -> None:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(Brain(brain).run(stop))
+                group.create_task(agent.run(stop))
+                if take_over:
+                    group.create_task(takeover.take_over(lambda: agent.has_programmed(SUPER_UID)))
+                if file is not None:
+                    group.create_task(_until_changed(file))
+
+        await stopping.until_stopped(serve, stop)
+
+
+async def _until_changed(file: Path) -> NoReturn:
+    """As kube-proxy: a configuration file that changed ends the process, and whoever started it starts it anew."""
+    started_with = file.read_bytes()
+    while True:
+        await asyncio.sleep(CONFIG_POLL_SECONDS)
+        try:
+            changed = file.read_bytes() != started_with
+        except OSError:
+            continue  # A ConfigMap is replaced by way of links; a file that is gone for good changes nothing.
+        if changed:
+            raise ConfigError(f"--config {file} changed; ended, to be started again with what it says now")

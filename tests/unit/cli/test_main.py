@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from vcproxy.cli.main import COMMANDS, main
-from vcproxy.cli.run import configurations
 from vcproxy.ops import admin
 
 
@@ -30,7 +30,9 @@ def test_config_default_is_valid(tmp_path: Path) -> None:
     [
         (["brain", "--config", "/none.yaml"], "/none.yaml: cannot be read"),
         (["run", "--no-super-cluster"], "--no-super-cluster leaves nothing to proxy"),
-        (["run", "--cluster-cidr", "10.0.0.0/99", "--tenants", "t"], "--cluster-cidr 10.0.0.0/99"),
+        (["run", "--cluster-cidr", "10.0.0.0/99", "--tenants", "t"], "--cluster-cidr: '10.0.0.0/99' is no CIDR"),
+        (["run", "--config", "/none.yaml"], "--config /none.yaml: cannot be read"),
+        (["run", "--no-super-cluster", "--tenants", "t", "--take-over"], "nobody would serve what kube-proxy serves"),
         (["get", "tenants", "--socket", "/none.sock"], "is vcproxy running"),
         (["cleanup", "--backend", "none"], "there is no backend 'none'; installed: nftables"),
     ],
@@ -44,22 +46,38 @@ def test_errors_are_one_line(arguments: list[str], message: str, tmp_path: Path)
     assert len(result.output.splitlines()) == 1
 
 
-def test_run_makes_both_configurations(tmp_path: Path) -> None:
-    flags = {
-        "kubeconfig": "/k", "no_super_cluster": False, "tenants": "/t", "cluster_cidr": "10.244.0.0/16,fd00:244::/56",
-        "detect_local_mode": "ClusterCIDR", "nodeport_addresses": "primary", "masquerade_all": True,
-        "healthz_bind_address": "", "metrics_bind_address": "", "state_directory": "/s", "runtime_directory": "/r",
-        "log_format": "json",
-    }  # fmt: skip
-    brain, node = configurations(flags, node="node-1", directory=tmp_path)
-    assert brain.listen.address == node.brain.addresses[0]
-    assert brain.super_cluster is not None
-    assert brain.super_cluster.kubeconfig == "/k"
-    assert node.detect_local.cluster_cidrs == ("10.244.0.0/16", "fd00:244::/56")
-    assert node.masquerade_all
-    assert (tmp_path / "node.key").stat().st_mode & 0o077 == 0
-    without = configurations(flags | {"cluster_cidr": ""}, node="n", directory=tmp_path)[1]
-    assert without.detect_local.mode == "None"
+@pytest.mark.parametrize(
+    ("arguments", "masquerade"),
+    [
+        (["--masquerade-all"], True),
+        (["--masquerade-all=true"], True),
+        (["--masquerade_all=false"], False),
+        (
+            [
+                "--masquerade-all",
+                "--v=2",
+                "-v",
+                "3",
+                "-v=4",
+                "--nodeport-addresses=primary",
+                "--nodeport-addresses",
+                "all",
+            ],
+            True,
+        ),
+        ([], False),
+    ],
+    ids=str,
+)
+def test_run_reads_flags_as_kube_proxy_does(arguments: list[str], masquerade: bool, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["run", "--write-config-to", str(tmp_path / "made"), *arguments])
+    assert result.exit_code == 0, result.output
+    made = yaml.safe_load((tmp_path / "made").read_text())
+    assert made["kind"] == "KubeProxyConfiguration"
+    assert made["nftables"]["masqueradeAll"] is masquerade
+    if "-v=4" in arguments:
+        assert made["logging"]["verbosity"] == 4
+        assert made["nodePortAddresses"] == ["primary", "all"]
 
 
 STATUS = {

@@ -1,0 +1,65 @@
+"""Taking over from a kube-proxy while traffic goes on: vcproxy's table first, then the old rules go.
+
+While both are there, whichever nat chain was registered first translates a new connection, and the other leaves a
+translated one alone; both lead to the same endpoints. The old rules go in one transaction once the table of the super
+cluster is complete, and what they translated stays conntrack's. A kube-proxy that still runs would put its rules back:
+it is named, and waited for.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import NamedTuple
+
+from vcproxy.kubeproxy import leftovers
+from vcproxy.kubeproxy.leftovers import LeftoverError, Leftovers
+from vcproxy.ops import logs
+
+POLL_SECONDS = 0.5
+AGAIN_SECONDS = 30.0
+
+log = logs.get("takeover")
+
+
+class Rivals(NamedTuple):
+    """How leftovers are found and removed; replaced by tests."""
+
+    find: Callable[[], Leftovers] = leftovers.find
+    remove: Callable[[Leftovers], None] = leftovers.remove
+
+
+def warn(found: Leftovers, *, taking_over: bool) -> None:
+    """Name what there is, each with the cure."""
+    for process in found.processes:
+        log.warning(
+            "a kube-proxy runs on this node and goes on programming it: stop it, its DaemonSet's pod or the process",
+            pid=process.pid,
+            command=process.command,
+        )
+    cure = "it is removed once vcproxy's own table is complete" if taking_over else "--take-over removes it"
+    for rule in found.rules:
+        log.warning("kube-proxy left something that translates Services, too", found=rule, cure=cure)
+    for reason in found.unknown:
+        log.warning("cannot tell whether kube-proxy left something", why=reason)
+
+
+async def take_over(complete: Callable[[], bool], rivals: Rivals | None = None) -> None:
+    """Remove what kube-proxy left as soon as `complete` and no kube-proxy runs; what stays is tried again."""
+    rivals = rivals or Rivals()
+    awaited: frozenset[int] = frozenset()
+    while True:
+        pause = POLL_SECONDS
+        if complete():
+            found = await asyncio.to_thread(rivals.find)
+            running = frozenset(process.pid for process in found.processes)
+            for pid in running - awaited:
+                log.warning("waiting for kube-proxy to end before its rules are removed: stop it", pid=pid)
+            awaited = running
+            if not running:
+                try:
+                    await asyncio.to_thread(rivals.remove, found)
+                    log.info("took over from kube-proxy", removed=found.rules)
+                    return
+                except LeftoverError as error:
+                    pause = AGAIN_SECONDS
+                    log.error("not all of kube-proxy is gone; trying again", error=str(error), again_in=pause)
+        await asyncio.sleep(pause)
