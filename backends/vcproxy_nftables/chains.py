@@ -1,9 +1,14 @@
 """The chains and rules that the kernel has, compared with those that the text would make.
 
 `nft list` is no way to check a table: it fetches a million elements to print forty rules. So rules are read by netlink
-as the kernel's own octets, and those to compare with are made by loading the same text with the same nft into a network
-namespace that exists for a moment. Equal texts give equal octets; what somebody added, removed or changed shows. There
-are no anonymous sets in the text because their names would differ.
+as the kernel's own octets, and those to compare with are made by loading the same text with the same nft where it does
+nothing. Equal texts give equal octets; what somebody added, removed or changed shows. There are no anonymous sets in
+the text because their names would differ.
+
+Where that is depends on what this process may do. A network namespace that exists for a moment leaves no trace in the
+node's own, but needs CAP_SYS_ADMIN. With CAP_NET_ADMIN alone, as in a container, it is a second table of the node's
+that exists for a moment, without hooks, so that no packet ever sees it; the hooks are then told from the text. (A
+dormant table would keep its hooks to itself, but `nft -j list` of 1.0.6 crashes on one, whoever runs it.)
 """
 
 import ctypes
@@ -26,6 +31,15 @@ _TABLE = 1  # NFTA_CHAIN_TABLE, NFTA_RULE_TABLE
 _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_TYPE = 3, 4, 5, 7
 _RULE_CHAIN, _RULE_EXPRESSIONS = 2, 4
 _CLONE_NEWNET = 0x40000000
+
+REFERENCE = f"{table.TABLE}_reference"
+_HOOKED = re.compile(
+    r"(?P<head>  chain (?P<chain>\S+) \{\n)"
+    r"    type (?P<type>\w+) hook (?P<hook>\w+) priority (?P<priority>\S+); policy accept;\n"
+)
+_HOOKS = ("prerouting", "input", "forward", "output", "postrouting")  # enum nf_inet_hooks
+_PRIORITIES = {"raw": "-300", "dstnat": "-100", "srcnat": "100"}
+_ACCEPT = (1).to_bytes(4, "big")
 
 _BALANCE = re.compile(r"balance([46])_(\d+)")
 _LEARN = re.compile(r"learn([46])_(\d+)")
@@ -53,33 +67,30 @@ class Extra(NamedTuple):
         return "".join((*balance, *learn))
 
 
-def read() -> dict[str, Chain]:
-    """The table's chains by name; none if it is missing. Raises OSError, BackendError."""
-    channel = Channel()
+def read(name: str = table.TABLE) -> dict[str, Chain]:
+    """A table's chains by name; none if it is missing. Raises OSError, BackendError."""
+    channel, wanted = Channel(), name.encode() + b"\0"
     try:
         rules: dict[str, list[bytes]] = {}
-        for reply in _dump(channel, _GETRULE):
-            if (found := _attributes(reply)).get(_TABLE) == _NAME:
+        for reply in _dump(channel, _GETRULE, name):
+            if (found := _attributes(reply)).get(_TABLE) == wanted:
                 rules.setdefault(_text(found[_RULE_CHAIN]), []).append(found.get(_RULE_EXPRESSIONS, b""))
         chains: dict[str, Chain] = {}
-        for reply in _dump(channel, _GETCHAIN):
-            if (found := _attributes(reply)).get(_TABLE) == _NAME:
-                name = _text(found[_CHAIN_NAME])
+        for reply in _dump(channel, _GETCHAIN, name):
+            if (found := _attributes(reply)).get(_TABLE) == wanted:
+                chain = _text(found[_CHAIN_NAME])
                 base = tuple(found.get(kind, b"") for kind in (_CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_TYPE))
-                chains[name] = Chain(base, tuple(rules.get(name, ())))
+                chains[chain] = Chain(base, tuple(rules.get(chain, ())))
         return chains
     finally:
         channel.close()
 
 
-_NAME = table.TABLE.encode() + b"\0"
-
-
-def _dump(channel: Channel, kind: int) -> list[Reply]:
-    payload = wire.text(_TABLE, table.TABLE)
+def _dump(channel: Channel, kind: int, name: str) -> list[Reply]:
+    payload = wire.text(_TABLE, name)
     replies, verdict = channel.dump(kind=kind, family=NFPROTO_INET, payload=payload)
     if verdict.error not in (0, errno.ENOENT):
-        raise BackendError(f"table {table.TABLE}: cannot read its rules: {wire.explain(verdict.error)}")
+        raise BackendError(f"table {name}: cannot read its rules: {wire.explain(verdict.error)}")
     return replies
 
 
@@ -106,16 +117,48 @@ def extra(names: Iterable[str]) -> Extra:
 
 def expected(wanted: Extra, load: Callable[[str], object]) -> dict[str, Chain]:
     """The chains that the text makes; `load` runs nft. Raises what it raises, and BackendError."""
+    text = table.skeleton() + wanted.text()
 
     def make() -> dict[str, Chain]:
-        load(table.skeleton() + wanted.text())
+        load(text)
         return read()
 
-    return _in_new_namespace(make)
+    try:
+        return _in_new_namespace(make)
+    except PermissionError:
+        return in_second_table(text, load)
+
+
+def in_second_table(text: str, load: Callable[[str], object]) -> dict[str, Chain]:
+    """The chains that a text makes, by way of a second table."""
+    hooks = {match["chain"]: _base(match) for match in _HOOKED.finditer(text)}
+    unhooked = _HOOKED.sub(lambda match: match["head"], text).replace(f"inet {table.TABLE} ", f"inet {REFERENCE} ")
+    load(without_reference() + unhooked)
+    try:
+        return {name: Chain(hooks.get(name, chain.base), chain.rules) for name, chain in read(REFERENCE).items()}
+    finally:
+        load(without_reference())
+
+
+def _base(match: re.Match[str]) -> tuple[bytes, ...]:
+    """What the kernel tells of a base chain: hook and priority, policy, type."""
+    priority = int(_PRIORITIES.get(match["priority"], match["priority"]))
+    hook = wire.attribute(1, _HOOKS.index(match["hook"]).to_bytes(4, "big")) + wire.attribute(
+        2, priority.to_bytes(4, "big", signed=True)
+    )
+    return hook, _ACCEPT, match["type"].encode() + b"\0"
+
+
+def without_reference() -> str:
+    """nft text that removes the second table, whether it is there (somebody was killed in between) or not."""
+    return f"add table inet {REFERENCE}\ndelete table inet {REFERENCE}\n"
 
 
 def _in_new_namespace(function: Callable[[], T]) -> T:
-    """Run a function in a thread with a network namespace of its own, which ends with the thread."""
+    """Run a function in a thread with a network namespace of its own, which ends with the thread.
+
+    Raises PermissionError if this process may not make one.
+    """
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -123,7 +166,7 @@ def _in_new_namespace(function: Callable[[], T]) -> T:
         try:
             if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET):
                 number = ctypes.get_errno()
-                raise BackendError(f"cannot make a network namespace: {os.strerror(number)}; CAP_SYS_ADMIN is needed")
+                raise OSError(number, f"cannot make a network namespace: {os.strerror(number)}")
             results.append(function())
         except BaseException as error:
             errors.append(error)

@@ -3,7 +3,7 @@
 Flows of zone 0 stay: they are everybody's.
 """
 
-from vcproxy_nftables import table
+from vcproxy_nftables import chains, table
 from vcproxy_nftables.kernel import Kernel, run_nft
 from vcproxy_nftables.netlink import NetlinkError
 from vcproxy_nftables.specs import ORDER, TENANTS
@@ -20,7 +20,7 @@ def clean() -> None:
             zones = [int.from_bytes(row.tobytes(), ORDER) for row in keys]
         except (NetlinkError, ValueError):  # not a table of ours but for the name, or one cut down by hand
             zones = []
-        run_nft("-f", "-", text=f"delete table inet {table.TABLE}\n")
+        run_nft("-f", "-", text=f"delete table inet {table.TABLE}\n{chains.without_reference()}")
         for zone in zones:
             kernel.conntrack.flush_zone(zone)
     finally:
