@@ -309,7 +309,7 @@ def _kube_proxy(run: Run, plane: ControlPlane) -> list[str]:
 
 
 def _vcproxy_run(run: Run, plane: ControlPlane, directory: Path) -> list[str]:
-    places = (f"--state-directory={directory}/state", f"--runtime-directory={directory}/run", "--log-format=text")
+    places = (f"--state-directory={directory}/state", f"--runtime-directory={directory}/run")
     return [sys.executable, "-m", "vcproxy", "run", *places, *_flags(run, plane)]
 
 

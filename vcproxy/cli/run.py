@@ -229,7 +229,7 @@ def _adjust_oom_score(score: int) -> None:
     try:
         Path("/proc/self/oom_score_adj").write_text(str(score))
     except OSError as error:
-        log.info("the OOM score stays as it is", wanted=score, error=error.strerror)
+        log.info("the OOM score stays as it is", wanted=score, reason=error.strerror)
 
 
 async def _both(

@@ -106,6 +106,10 @@ def host_name(text: str) -> str:
     return text.strip().lower()
 
 
+OF_MODE = "*"
+"""In a flag's path: the section of the mode in use, where kube-proxy's flag has one meaning for all modes. The mode ipvs
+shares that of iptables."""
+
 _PORTS = (configuration.HEALTHZ_PORT, configuration.METRICS_PORT)
 _CONNTRACK = "Connection tracking: "
 _NONE_HERE = "No effect here: "
@@ -118,7 +122,7 @@ FIELDS: tuple[Flag, ...] = (
     Flag("pod-bridge-interface", ("detectLocal", "bridgeInterface"), str, "BridgeInterface: local is what enters by this device."),
     Flag("pod-interface-name-prefix", ("detectLocal", "interfaceNamePrefix"), str, "InterfaceNamePrefix: local is what enters by a device whose name begins so."),
     Flag("nodeport-addresses", ("nodePortAddresses",), strings, "CIDRs of node addresses that accept NodePorts, and primary (default), all, localhost (TCP).", many=True),
-    Flag("masquerade-all", ("nftables", "masqueradeAll"), boolean, "Masquerade every connection to a ClusterIP."),
+    Flag("masquerade-all", (OF_MODE, "masqueradeAll"), boolean, "Masquerade every connection to a ClusterIP."),
     Flag("bind-address", ("bindAddress",), str, "The node's primary IP, in place of the Node object's."),
     Flag("bind-address-hard-fail", ("bindAddressHardFail",), boolean, "End when an address to serve on is taken; default: try again every five seconds."),
     Flag("healthz-bind-address", ("healthzBindAddress",), str, 'Of /healthz and /livez; default 0.0.0.0:10256; "": none.'),
@@ -143,8 +147,8 @@ FIELDS: tuple[Flag, ...] = (
     Flag("config-sync-period", ("configSyncPeriod",), Duration.parse, f"{_NONE_HERE}nothing is synchronised again."),
     Flag("iptables-localhost-nodeports", ("iptables", "localhostNodePorts"), boolean, f"{_NONE_HERE}see --nodeport-addresses."),
     Flag("iptables-masquerade-bit", ("iptables", "masqueradeBit"), integer, f"{_NONE_HERE}no mark is set."),
-    Flag("iptables-sync-period", ("iptables", "syncPeriod"), Duration.parse, f"{_NONE_HERE}nothing is synchronised again."),
-    Flag("iptables-min-sync-period", ("iptables", "minSyncPeriod"), Duration.parse, f"{_NONE_HERE}changes are programmed at once."),
+    Flag("iptables-sync-period", (OF_MODE, "syncPeriod"), Duration.parse, f"{_NONE_HERE}nothing is synchronised again."),
+    Flag("iptables-min-sync-period", (OF_MODE, "minSyncPeriod"), Duration.parse, f"{_NONE_HERE}changes are programmed at once."),
     Flag("ipvs-scheduler", ("ipvs", "scheduler"), str, f"{_NONE_HERE}IPVS is not used."),
     Flag("ipvs-exclude-cidrs", ("ipvs", "excludeCIDRs"), strings, f"{_NONE_HERE}IPVS is not used.", many=True),
     Flag("ipvs-strict-arp", ("ipvs", "strictARP"), boolean, f"{_NONE_HERE}IPVS is not used."),
@@ -183,18 +187,14 @@ ALL = (*ACTIONS, *FIELDS, *DEPRECATED)
 def from_flags(given: Mapping[str, Sequence[str]]) -> Read:
     """The configuration that flags make. `given`: values by the flag's name, in order. Raises ConfigError."""
     plain = configuration.plain(defaulted(KubeProxyConfiguration()))
+    section = "iptables" if given.get("proxy-mode", ("",))[-1] in ("iptables", "ipvs") else "nftables"
     names: dict[Path, str] = {}
     for flag in FIELDS:
         if flag.name in given:
-            names[flag.path] = flag.option
-            _put(plain, flag.path, parsed(flag, given[flag.name]))
+            path = tuple(section if step == OF_MODE else step for step in flag.path)
+            names[path] = flag.option
+            _put(plain, path, parsed(flag, given[flag.name]))
     config = _configuration(plain)
-    # Where kube-proxy's flag has one meaning in all modes, files have a field per mode.
-    if ("nftables", "masqueradeAll") in names:
-        replaced = msgspec.structs.replace(config.iptables, masquerade_all=config.nftables.masquerade_all)
-        config = msgspec.structs.replace(config, iptables=replaced)
-        if config.mode in ("iptables", "ipvs"):
-            names[("iptables", "masqueradeAll")] = names.pop(("nftables", "masqueradeAll"))
     healthz, metrics = (
         parsed(flag, given.get(flag.name, [str(usual)])) for flag, usual in zip(DEPRECATED, _PORTS, strict=True)
     )

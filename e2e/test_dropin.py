@@ -1,0 +1,502 @@
+"""`vcproxy run` in kube-proxy's place: kubeadm's manifests unchanged, the real kube-proxy's flags, and taking over from it.
+
+A real API server with kube-proxy's own role, a node of the lab, real packets, and the real kube-proxy to compare with.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from e2e import objects
+from e2e.apiclient import ApiClient
+from e2e.controlplane import ControlPlane
+from e2e.polling import eventually
+from e2e.processes import Process
+from e2e.relay import Relay
+from tests.unit.kubeproxy.test_flags import FIELDS
+from vcproxy.kubeproxy import flags
+from vcproxy.lab import Client, Lab, Node, Pod, Refused, Reply, TcpSession, netns, tcp_request
+from vcproxy.lab.iproute import ip as iproute
+from vcproxy.lab.load import Load
+
+pytestmark = [pytest.mark.controlplane, pytest.mark.packets]
+
+KUBEADM = Path("tests/unit/kubeproxy/kubeadm.yaml")
+VIP = {4: "10.32.0.10", 6: "fd00:32::10"}
+LOCAL_VIP = "10.32.0.11"
+NODE_PORT, LOCAL_PORT = 30080, 30081
+TARGET = 8080
+CLUSTER_CIDR = "10.200.0.0/16,fd00:200::/32"
+# The machine's limits of connection tracking are the machine's.
+UNTOUCHED = {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A node n1 with an API server, whose credentials of kube-proxy are in `directory`, as kubeadm's pod has them."""
+
+    plane: ControlPlane
+    node: Node
+    client: Pod
+    near: Pod
+    far: Pod
+    outside: Client
+    directory: Path
+
+    @property
+    def api(self) -> ApiClient:
+        return self.plane.client
+
+    def config(self, name: str, **changed: Any) -> Path:
+        """kubeadm's config.conf for this place, with fields changed."""
+        found = yaml.safe_load(KUBEADM.read_text())
+        found["clientConnection"]["kubeconfig"] = str(self.directory / "kubeconfig.conf")
+        found["clusterCIDR"] = CLUSTER_CIDR
+        file = self.directory / f"{name}.conf"
+        file.write_text(yaml.safe_dump(found | changed))
+        return file
+
+    def process(self, name: str, *command: str) -> Process:
+        """A command on the node, not yet started."""
+        inside = ["nsenter", f"--net={netns.DIRECTORY / self.node.ns}", "--", *command]
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.directory), "PYTHONPATH": str(Path.cwd())}
+        return Process(name, inside, log=self.directory / f"{name}.log", environment=environment)
+
+    def vcproxy(self, name: str, *arguments: str, by: Sequence[str] = ()) -> Process:
+        """`vcproxy run` with directories of its own; `by`: a command that starts it."""
+        places = (
+            f"--state-directory={self.directory}/{name}-state",
+            f"--runtime-directory={self.directory}/{name}-run",
+        )
+        return self.process(name, *by, sys.executable, "-m", "vcproxy", "run", *arguments, *places)
+
+    def get(self, path: str, port: int = 10249) -> tuple[int, str, str]:
+        """Status, content type and body of an address that is served on the node's loopback."""
+        with netns.entered(self.node.ns):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.connect()
+        with connection.sock:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.headers["Content-Type"], answer.read().decode()
+
+    def tables(self) -> list[str]:
+        return self.node.run(["nft", "list", "tables"]).stdout.split("\n")
+
+    def answers(self, address: str, port: int = 80) -> bool:
+        return isinstance(tcp_request(self.client, address, port, timeout=0.3), Reply)
+
+
+def _credentials(plane: ControlPlane, directory: Path) -> None:
+    """The service account kube-proxy with its role and its token, and a kubeconfig like kubeadm's."""
+    api = plane.client
+    api.create(
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "kube-proxy", "namespace": "kube-system"}}
+    )
+    api.create(
+        {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "ClusterRoleBinding",
+            "metadata": {"name": "kubeadm:node-proxier"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "system:node-proxier"},
+            "subjects": [{"kind": "ServiceAccount", "name": "kube-proxy", "namespace": "kube-system"}],
+        }
+    )
+    path = "/api/v1/namespaces/kube-system/serviceaccounts/kube-proxy/token"
+    asked = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+    token = api.request("POST", path, body=asked).object["status"]["token"]
+    (directory / "token").write_text(token)
+    (directory / "ca.crt").write_bytes(plane.authority.certificate)
+    kubeconfig = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [
+            {"name": "default", "cluster": {"certificate-authority": str(directory / "ca.crt"), "server": plane.url}}
+        ],
+        "contexts": [{"name": "default", "context": {"cluster": "default", "namespace": "default", "user": "default"}}],
+        "current-context": "default",
+        "users": [{"name": "default", "user": {"tokenFile": str(directory / "token")}}],
+    }
+    (directory / "kubeconfig.conf").write_text(yaml.safe_dump(kubeconfig))
+
+
+def _service(name: str, vips: Sequence[str], pods: Sequence[Pod], node_port: int, **spec: Any) -> list[dict[str, Any]]:
+    port = objects.service_port(80, name="http", target=TARGET, node_port=node_port)
+    made = [objects.service(name, ports=[port], type="NodePort", cluster_ips=vips, spec=spec)]
+    for family, addresses in (("IPv4", [pod.ip4 for pod in pods]), ("IPv6", [pod.ip6 for pod in pods])):
+        ends = [objects.endpoint(address, node=pod.node) for address, pod in zip(addresses, pods, strict=True)]
+        ports = [objects.slice_port(TARGET, name="http")]
+        made.append(
+            objects.endpoint_slice(f"{name}-{family[-1]}", service=name, endpoints=ends, ports=ports, family=family)
+        )
+    return made
+
+
+@pytest.fixture(scope="module")
+def scene(control_plane_binaries: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    directory = tmp_path_factory.mktemp("dropin")
+    with ControlPlane("dropin", directory / "plane", bin_dir=control_plane_binaries) as plane, Lab("vcp-dropin") as lab:
+        one, two = lab.node("n1"), lab.node("n2")
+        client = one.flat_pod("client", "10.200.1.2", "fd00:200:0:1::2")
+        near = one.flat_pod("near", "10.200.1.3", "fd00:200:0:1::3")
+        far = two.flat_pod("far", "10.200.2.2", "fd00:200:0:2::2")
+        outside = lab.client("outside", "192.168.77.200", "fd77::200")
+        for pod in (near, far):
+            lab.serve(pod, tcp=[TARGET])
+        for node in (one, two):
+            plane.client.create(objects.node(node.name, pod_cidrs=[node.pod_cidr4, node.pod_cidr6]))
+            plane.client.patch_status("Node", node.name, objects.node_status(node.ip4, node.ip6))
+        for made in (
+            *_service("web", tuple(VIP.values()), [near, far], NODE_PORT),
+            *_service("local", (LOCAL_VIP,), [near, far], LOCAL_PORT, externalTrafficPolicy="Local"),
+        ):
+            plane.client.create(made)
+        _credentials(plane, directory)
+        iproute(["link set lo up"], ns=one.ns)
+        with Relay(one.ns, int(plane.url.rpartition(":")[2])):
+            yield Scene(plane, one, client, near, far, outside, directory)
+
+
+@contextmanager
+def running(scene: Scene, process: Process, *, cleanup: bool = True) -> Iterator[Process]:
+    """A process until the end of the context, and then no rule of anybody's."""
+    with ExitStack() as stack:
+        if cleanup:
+            stack.callback(clean, scene)
+        stack.callback(process.wait, grace=10)
+        stack.callback(process.terminate)
+        process.start()
+        yield process
+
+
+def clean(scene: Scene) -> None:
+    """Leave nothing on the node, by way of `--cleanup`."""
+    done = scene.node.run(
+        [sys.executable, "-m", "vcproxy", "run", "--cleanup", f"--state-directory={scene.directory}/none"]
+    )
+    assert "cleaned up" in done.stdout
+    assert not [line for line in scene.tables() if "proxy" in line]
+
+
+def serves(scene: Scene, process: Process) -> None:
+    """Wait until all that is told to the API server is served."""
+
+    def look() -> bool:
+        process.check()
+        return all(scene.answers(vip) for vip in (*VIP.values(), LOCAL_VIP))
+
+    eventually(look, within=40, what=f"{process.name} serves")
+
+
+# --- the same files, the same flags -----------------------------------------------------------------------------------
+
+
+def test_kubeadms_daemonset_works_with_another_command(scene: Scene) -> None:
+    config = scene.config("config")
+    process = scene.vcproxy("kubeadm", f"--config={config}", "--hostname-override=n1")
+    with running(scene, process):
+        serves(scene, process)
+        for place, address in (
+            (scene.outside, scene.node.ip4),
+            (scene.outside, scene.node.ip6),
+            (scene.node, scene.node.ip4),
+        ):
+            assert isinstance(tcp_request(place, address, NODE_PORT), Reply)
+        outcome = tcp_request(scene.outside, scene.node.ip4, LOCAL_PORT)
+        assert isinstance(outcome, Reply)
+        assert (outcome.pod, outcome.peer[0]) == ("near", scene.outside.ip4)
+        # The pod's own address where it is local (clusterCIDR).
+        outcome = tcp_request(scene.client, VIP[4], 80)
+        assert isinstance(outcome, Reply)
+        assert outcome.peer[0] == scene.client.ip4
+
+        assert scene.get("/proxyMode") == (200, "text/plain; charset=utf-8", "nftables")
+        status, kind, body = scene.get("/configz")
+        shown = json.loads(body)["kubeproxy.config.k8s.io"]
+        assert (status, kind.partition(";")[0]) == (200, "application/json")
+        assert (shown["kind"], shown["mode"], shown["clusterCIDR"]) == (
+            "KubeProxyConfiguration",
+            "nftables",
+            CLUSTER_CIDR,
+        )
+        assert scene.get("/healthz", 10256)[0] == 200
+        with netns.entered(scene.node.ns):
+            netfilter = Path("/proc/sys/net/netfilter")
+            assert (netfilter / "nf_conntrack_tcp_timeout_close_wait").read_text().strip() == "3600"
+            assert (netfilter / "nf_conntrack_tcp_timeout_established").read_text().strip() == "86400"
+        log = process.log.read_text()
+        assert "[warning" not in log, log
+        assert "[error" not in log, log
+
+        # As kube-proxy: with the file the process changes, by way of ending.
+        config.write_text(config.read_text() + "# changed\n")
+        eventually(lambda: not process.running, within=20, what="the end after a change of the file")
+        assert f"--config {config} changed" in process.log_tail(3)
+        assert scene.answers(VIP[4])  # what is programmed stays
+
+
+def _help_of_kube_proxy(binaries: Path) -> set[str]:
+    done = subprocess.run([binaries / "kube-proxy", "--help"], capture_output=True, text=True, check=True, timeout=60)
+    return set(re.findall(r"^ +(?:-\w, )?--([a-z0-9-]+)\b", done.stdout, re.MULTILINE))
+
+
+def test_every_flag_of_kube_proxy_is_known(control_plane_binaries: Path) -> None:
+    """Fails when a newer kube-proxy has a flag that nobody has thought about here, or has dropped one."""
+    ours = {flag.name for flag in (*flags.FIELDS, *flags.ACTIONS)} | {"help", "version"}
+    assert _help_of_kube_proxy(control_plane_binaries) == ours
+
+
+def _written(command: Sequence[str | Path], arguments: Sequence[str], file: Path) -> Mapping[str, Any] | None:
+    """The configuration that a program makes of its arguments; None if it refuses them."""
+    done = subprocess.run(
+        [*command, *arguments, f"--write-config-to={file}"], capture_output=True, text=True, timeout=60
+    )
+    if done.returncode:
+        return None
+    found: Mapping[str, Any] = yaml.safe_load(file.read_text())
+    file.unlink()
+    return found
+
+
+ALPHA = "--feature-gates=LoggingAlphaOptions=true"  # which kube-proxy wants for some of the flags
+ARGUMENTS = [
+    ["--proxy-mode=nftables"],
+    *(
+        [f"--{name}={value.removeprefix('=')}", *([] if name == "proxy-mode" else ["--proxy-mode=nftables"])]
+        for name, value, *_ in FIELDS
+        if name not in ("feature-gates", "config-sync-period")
+        and not name.startswith("log-")
+        and "mode" not in name
+        # In kube-proxy these have their effect by way of Complete, of which --write-config-to takes less.
+        and name not in ("healthz-bind-address",)
+    ),
+    ["--proxy-mode=nftables", "--feature-gates=KubeProxyNFTablesLocalhostNodePorts=true"],
+    ["--proxy-mode=nftables", "--conntrack-max-per-core=-1"],
+    ["--proxy-mode=nftables", "--oom-score-adj=1001"],
+    ["--proxy-mode=nftables", "--cluster-cidr=10.0.0.0/8,11.0.0.0/8"],
+    ["--proxy-mode=nftables", "--cluster-cidr=10.0.0.0"],
+    ["--proxy-mode=nftables", "--nodeport-addresses=primary,primary"],
+    ["--proxy-mode=nftables", "--nodeport-addresses=primary,all,localhost"],
+    ["--proxy-mode=nftables", "--nodeport-addresses=10.0.0.1"],
+    ["--proxy-mode=nftables", "--detect-local-mode=BridgeInterface"],
+    ["--proxy-mode=nftables", "--detect-local-mode=BridgeInterface", "--pod-bridge-interface=cni0"],
+    ["--proxy-mode=nftables", "--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix="],
+    ["--proxy-mode=nftables", "--detect-local-mode=Nonsense"],
+    ["--proxy-mode=userspace"],
+    ["--proxy-mode=nftables", "--iptables-masquerade-bit=32"],
+    ["--proxy-mode=nftables", "--config-sync-period=0s"],
+    ["--proxy-mode=nftables", "--conntrack-udp-timeout=-1s"],
+    ["--proxy-mode=nftables", "--metrics-bind-address=here:1"],
+    ["--proxy-mode=nftables", "--masquerade-all=maybe"],
+    ["--proxy-mode=nftables", "--masquerade_all"],
+]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=" ".join)
+def test_flags_mean_what_they_mean_to_kube_proxy(
+    arguments: list[str], control_plane_binaries: Path, tmp_path: Path
+) -> None:
+    """Both accept or refuse them, and write the same configuration."""
+    theirs = _written([control_plane_binaries / "kube-proxy"], arguments, tmp_path / "theirs")
+    ours = _written([sys.executable, "-m", "vcproxy", "run"], arguments, tmp_path / "ours")
+    assert ours == theirs
+
+
+# --- taking over ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["running", "stopped before"])
+def test_no_connection_notices_that_vcproxy_takes_over(scene: Scene, mode: str, control_plane_binaries: Path) -> None:
+    config = scene.config("both", mode="nftables", conntrack=UNTOUCHED)
+    arguments = (f"--config={config}", "--hostname-override=n1")
+    old = scene.process("kube-proxy", str(control_plane_binaries / "kube-proxy"), *arguments)
+    new = scene.vcproxy(f"takeover-{mode[:7]}", *arguments, "--take-over")
+    node_ports = [
+        ("tcp", scene.node.ip4, NODE_PORT),
+        ("tcp", scene.node.ip6, NODE_PORT),
+        ("tcp", scene.node.ip4, LOCAL_PORT),
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(running(scene, old))
+        serves(scene, old)
+        sessions = [
+            stack.enter_context(TcpSession(place, address, port))
+            for place, address, port in (
+                *((scene.client, vip, 80) for vip in (*VIP.values(), LOCAL_VIP) for _ in range(4)),
+                *((scene.outside, scene.node.ip4, port) for port in (NODE_PORT, LOCAL_PORT)),
+                *((scene.node, scene.node.ip4, port) for port in (NODE_PORT, LOCAL_PORT)),
+            )
+        ]  # fmt: skip
+        inside = stack.enter_context(Load(scene.client, [("tcp", vip, 80) for vip in (*VIP.values(), LOCAL_VIP)]))
+        outside = stack.enter_context(Load(scene.outside, node_ports))
+
+        def speak(word: str) -> None:
+            for session in sessions:
+                assert session.ask(word).endswith(word)
+
+        speak("before")
+        if mode == "stopped before":
+            old.terminate()
+            old.wait(grace=20)
+        stack.enter_context(running(scene, new, cleanup=False))
+        if mode == "running":
+            said = "waiting for kube-proxy to end before its rules are removed"
+            eventually(lambda: said in new.log.read_text(), within=40, what="vcproxy waits")
+            assert f"pid={old.pid}" in new.log.read_text()
+            assert {"table ip kube-proxy", "table ip6 kube-proxy", "table inet vcproxy"} <= set(scene.tables())
+            assert old.running, "a kube-proxy is not ours to end"
+            speak("both")
+            old.signal(signal.SIGTERM)
+            old.wait(grace=20)
+        eventually(lambda: "took over from kube-proxy" in new.log.read_text(), within=40, what="taking over")
+        assert not [line for line in scene.tables() if "kube-proxy" in line]
+        speak("after")
+        # What kube-proxy held is served by vcproxy now, its ports for probes too.
+        eventually(lambda: _serves_http(scene), within=20, what="health and metrics")
+        for load in (inside, outside):
+            result = load.finish()
+            assert not result.failures, result.first_failures
+            assert result.count > 100
+        speak("in the end")
+        serves(scene, new)
+
+
+def _serves_http(scene: Scene) -> bool:
+    try:
+        return scene.get("/proxyMode")[2] == "nftables" and scene.get("/healthz", 10256)[0] == 200
+    except ConnectionError:
+        return False
+
+
+def test_leftovers_are_named_and_stay_without_the_flag(scene: Scene, control_plane_binaries: Path) -> None:
+    config = scene.config("left", mode="nftables", conntrack=UNTOUCHED)
+    arguments = (f"--config={config}", "--hostname-override=n1")
+    old = scene.process("kube-proxy-left", str(control_plane_binaries / "kube-proxy"), *arguments)
+    with running(scene, old):
+        serves(scene, old)
+        old.terminate()
+        old.wait(grace=20)
+        new = scene.vcproxy("left", *arguments)
+        with running(scene, new, cleanup=False):
+            eventually(lambda: "table inet vcproxy" in scene.tables(), within=30, what="vcproxy's table")
+            log = new.log.read_text()
+            for table in ("ip kube-proxy", "ip6 kube-proxy"):
+                assert f"found='nftables table {table}'" in log
+                assert f"table {table}" in scene.tables()
+            assert "--take-over removes it" in log
+
+
+# --- privileges, addresses, loopback ----------------------------------------------------------------------------------
+
+
+def test_after_init_only_cap_net_admin_is_enough(scene: Scene) -> None:
+    config = scene.config("init")
+    arguments = (f"--config={config}", "--hostname-override=n1")
+    initialised = scene.vcproxy("init", *arguments, "--init-only")
+    initialised.start()
+    eventually(lambda: not initialised.running, within=30, what="--init-only ends")
+    assert "initialised; run again" in initialised.log_tail()
+    weak = scene.vcproxy("weak", *arguments, by=("setpriv", "--bounding-set=-all,+net_admin", "--inh-caps=-all", "--"))
+    with running(scene, weak):
+        serves(scene, weak)
+        status = Path(f"/proc/{weak.pid}/status").read_text()
+        assert re.search(r"^CapEff:\s*0*1000$", status, re.MULTILINE), status
+
+
+def test_node_ports_follow_the_nodes_addresses(scene: Scene) -> None:
+    """kube-proxy ends when its Node's addresses change or its Node is deleted; vcproxy follows."""
+    config = scene.config("address", conntrack=UNTOUCHED)
+    process = scene.vcproxy("address", f"--config={config}", "--hostname-override=n1")
+    other = "192.168.77.99"
+
+    def reached(address: str) -> bool:
+        return isinstance(tcp_request(scene.outside, address, NODE_PORT, timeout=0.3), Reply)
+
+    with running(scene, process):
+        serves(scene, process)
+        iproute([f"address add {other}/32 dev eth0"], ns=scene.node.ns)
+        try:
+            assert not reached(other)
+            scene.api.patch_status("Node", "n1", objects.node_status(other, scene.node.ip6))
+            eventually(lambda: reached(other), within=20, what="the new address accepts NodePorts")
+            eventually(lambda: not reached(scene.node.ip4), within=20, what="the old one does not")
+            scene.api.delete("Node", "n1")
+            eventually(lambda: "there is no Node object" in process.log.read_text(), within=20, what="the deletion")
+            assert reached(other)
+            assert scene.answers(VIP[4])
+        finally:
+            scene.api.create(objects.node("n1", pod_cidrs=[scene.node.pod_cidr4, scene.node.pod_cidr6]))
+            scene.api.patch_status("Node", "n1", objects.node_status(scene.node.ip4, scene.node.ip6))
+            iproute([f"address delete {other}/32 dev eth0"], ns=scene.node.ns)
+        eventually(lambda: reached(scene.node.ip4), within=20, what="the first address accepts NodePorts again")
+        process.check()
+
+
+def test_pods_are_local_by_the_nodes_pod_cidrs_as_they_are_now(scene: Scene) -> None:
+    config = scene.config("nodecidr", detectLocalMode="NodeCIDR", clusterCIDR="", conntrack=UNTOUCHED)
+    process = scene.vcproxy("nodecidr", f"--config={config}", "--hostname-override=n1")
+
+    def seen() -> str:
+        outcome = tcp_request(scene.client, VIP[4], 80)
+        assert isinstance(outcome, Reply)
+        return outcome.peer[0]
+
+    def recreate(cidrs: list[str]) -> None:  # podCIDRs of a Node never change; the Node object may
+        scene.api.delete("Node", "n1")
+        scene.api.create(objects.node("n1", pod_cidrs=cidrs))
+        scene.api.patch_status("Node", "n1", objects.node_status(scene.node.ip4, scene.node.ip6))
+
+    with running(scene, process):
+        serves(scene, process)
+        assert seen() == scene.client.ip4
+        try:
+            recreate(["10.200.99.0/24"])
+            eventually(lambda: seen() == scene.node.ip4, within=20, what="the client is no local pod any more")
+        finally:
+            recreate([scene.node.pod_cidr4, scene.node.pod_cidr6])
+        eventually(lambda: seen() == scene.client.ip4, within=20, what="the client is local again")
+
+
+def test_node_ports_on_loopback(scene: Scene) -> None:
+    config = scene.config("loopback", nodePortAddresses=["primary", "localhost"], conntrack=UNTOUCHED)
+    process = scene.vcproxy("loopback", f"--config={config}", "--hostname-override=n1")
+    with running(scene, process):
+        serves(scene, process)
+        for address in ("127.0.0.1", "::1"):
+            eventually(
+                lambda address=address: isinstance(tcp_request(scene.node, address, NODE_PORT), Reply),
+                within=20,
+                what=f"a NodePort on {address}",
+            )
+            names = {tcp_request(scene.node, address, NODE_PORT).pod for _ in range(24)}  # type: ignore[union-attr]
+            assert names == {"near", "far"}
+        # As kube-proxy has it: with policy Local the endpoints of this node.
+        assert {tcp_request(scene.node, "127.0.0.1", LOCAL_PORT).pod for _ in range(12)} == {"near"}  # type: ignore[union-attr]
+        assert tcp_request(scene.node, "127.0.0.2", NODE_PORT) == Refused()
+        # Nobody reaches it from elsewhere by a packet to 127.0.0.1: no sysctl was changed for this.
+        with netns.entered(scene.node.ns):
+            assert Path("/proc/sys/net/ipv4/conf/all/route_localnet").read_text().strip() == "0"
+        scene.api.patch("Service", "web", {"spec": {"type": "ClusterIP", "ports": [objects.service_port(80, name="http", target=TARGET)]}}, "default")  # fmt: skip
+        try:
+            eventually(
+                lambda: tcp_request(scene.node, "127.0.0.1", NODE_PORT) == Refused(),
+                within=20,
+                what="the port is closed",
+            )
+        finally:
+            port = objects.service_port(80, name="http", target=TARGET, node_port=NODE_PORT)
+            scene.api.patch("Service", "web", {"spec": {"type": "NodePort", "ports": [port]}}, "default")
