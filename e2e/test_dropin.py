@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from e2e.polling import eventually
 from e2e.processes import Process
 from e2e.relay import Relay
 from tests.unit.kubeproxy.test_flags import FIELDS
-from vcproxy.kubeproxy import flags
+from vcproxy.kubeproxy import flags, leftovers
+from vcproxy.kubeproxy.leftovers import Leftovers
 from vcproxy.lab import Client, Lab, Node, Pod, Refused, Reply, TcpSession, netns, tcp_request
 from vcproxy.lab.iproute import ip as iproute
 from vcproxy.lab.load import Load
@@ -96,6 +98,10 @@ class Scene:
 
     def tables(self) -> list[str]:
         return self.node.run(["nft", "list", "tables"]).stdout.split("\n")
+
+    def leftovers(self) -> Leftovers:
+        with netns.entered(self.node.ns):
+            return leftovers.find()
 
     def answers(self, address: str, port: int = 80) -> bool:
         return isinstance(tcp_request(self.client, address, port, timeout=0.3), Reply)
@@ -319,12 +325,25 @@ def test_flags_mean_what_they_mean_to_kube_proxy(
 # --- taking over ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["running", "stopped before"])
-def test_no_connection_notices_that_vcproxy_takes_over(scene: Scene, mode: str, control_plane_binaries: Path) -> None:
-    config = scene.config("both", mode="nftables", conntrack=UNTOUCHED)
+@pytest.mark.parametrize(
+    ("mode", "runs"),
+    [
+        ("nftables", True),
+        ("nftables", False),
+        pytest.param(
+            "iptables", True, marks=pytest.mark.skipif(shutil.which("iptables") is None, reason="no iptables installed")
+        ),
+    ],
+    ids=["nftables, still running", "nftables, stopped before", "iptables, still running"],
+)
+def test_no_connection_notices_that_vcproxy_takes_over(
+    scene: Scene, mode: str, runs: bool, control_plane_binaries: Path
+) -> None:
+    # What the two modes accept NodePorts on, where nobody says it, differs.
+    config = scene.config("both", mode=mode, conntrack=UNTOUCHED, nodePortAddresses=["192.168.77.0/24", "fd77::/64"])
     arguments = (f"--config={config}", "--hostname-override=n1")
-    old = scene.process("kube-proxy", str(control_plane_binaries / "kube-proxy"), *arguments)
-    new = scene.vcproxy(f"takeover-{mode[:7]}", *arguments, "--take-over")
+    old = scene.process(f"kube-proxy-{mode}-{runs}", str(control_plane_binaries / "kube-proxy"), *arguments)
+    new = scene.vcproxy(f"takeover-{mode}-{runs}", *arguments, "--take-over")
     node_ports = [
         ("tcp", scene.node.ip4, NODE_PORT),
         ("tcp", scene.node.ip6, NODE_PORT),
@@ -349,21 +368,22 @@ def test_no_connection_notices_that_vcproxy_takes_over(scene: Scene, mode: str, 
                 assert session.ask(word).endswith(word)
 
         speak("before")
-        if mode == "stopped before":
+        if not runs:
             old.terminate()
             old.wait(grace=20)
         stack.enter_context(running(scene, new, cleanup=False))
-        if mode == "running":
+        if runs:
             said = "waiting for kube-proxy to end before its rules are removed"
             eventually(lambda: said in new.log.read_text(), within=40, what="vcproxy waits")
             assert f"pid={old.pid}" in new.log.read_text()
-            assert {"table ip kube-proxy", "table ip6 kube-proxy", "table inet vcproxy"} <= set(scene.tables())
+            assert "table inet vcproxy" in scene.tables()
+            assert scene.leftovers().rules
             assert old.running, "a kube-proxy is not ours to end"
             speak("both")
             old.signal(signal.SIGTERM)
             old.wait(grace=20)
         eventually(lambda: "took over from kube-proxy" in new.log.read_text(), within=40, what="taking over")
-        assert not [line for line in scene.tables() if "kube-proxy" in line]
+        assert scene.leftovers() == Leftovers()
         speak("after")
         # What kube-proxy held is served by vcproxy now, its ports for probes too.
         eventually(lambda: _serves_http(scene), within=20, what="health and metrics")

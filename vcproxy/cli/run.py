@@ -168,6 +168,8 @@ def _clean(options: Options) -> None:
         raise Failure(str(error)) from error
     for rule in found.rules:
         click.echo(f"removed {rule}")
+    if found.unknown:
+        raise Failure(f"of kube-proxy something may be left; run `kube-proxy --cleanup`: {'; '.join(found.unknown)}")
     click.echo("cleaned up")
 
 

@@ -15,6 +15,7 @@ A process is looked for in this network namespace only, and is never touched: it
 import json
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,8 +34,8 @@ _PER_SERVICE = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-", "KUBE-FW-", "KUBE-XLB-", 
 _TABLES = ("nat", "filter", "mangle")
 _TIMEOUT = 120.0
 _LEGACY = {
-    "ip": ("iptables-legacy", "/proc/net/ip_tables_names"),
-    "ip6": ("ip6tables-legacy", "/proc/net/ip6_tables_names"),
+    "ip": ("iptables-legacy", "/proc/thread-self/net/ip_tables_names"),
+    "ip6": ("ip6tables-legacy", "/proc/thread-self/net/ip6_tables_names"),
 }
 
 
@@ -99,18 +100,30 @@ Run = Callable[[Sequence[str]], str | None]
 
 def find() -> Leftovers:
     """What is on this node now, in the network namespace of the calling thread."""
+    tables, listed = _output(("nft", "list", "tables")), _objects(_output(("nft", "-j", "list", "chains")))
     legacy, unknown = _legacy_chains(_output)
-    ipvs = _text("/proc/net/ip_vs")
+    if tables is None or listed is None:
+        unknown = ("nftables and iptables-nft: nft is not installed, or cannot list tables and chains", *unknown)
+    ipvs = _text("/proc/thread-self/net/ip_vs")
     sets = (_output(("ipset", "list", "-n")) or "").split()
     return Leftovers(
         processes=tuple(processes()),
-        tables=tuple(_kube_proxy_tables(_output(("nft", "list", "tables")) or "")),
-        chains=(*_nft_chains(_output(("nft", "-j", "list", "chains")) or "{}"), *legacy),
-        ipvs_device=_output(("ip", "link", "show", "dev", IPVS_DEVICE)) is not None,
+        tables=tuple(_kube_proxy_tables(tables or "")),
+        chains=(*_nft_chains(listed or ()), *legacy),
+        ipvs_device=any(name == IPVS_DEVICE for _, name in socket.if_nameindex()),
         virtual_servers=len(re.findall(r"^(?:TCP|UDP|SCTP) ", ipvs, re.MULTILINE)),
         ipsets=tuple(name for name in sets if name.startswith("KUBE-")),
         unknown=unknown,
     )
+
+
+def _objects(listed: str | None) -> list[Any] | None:
+    """The objects that `nft -j list` prints; None if it failed, or printed what is no JSON (1.0.6 does for some)."""
+    try:
+        found: list[Any] = json.loads(listed or "")["nftables"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found
 
 
 def processes() -> Iterator[Process]:
@@ -139,9 +152,9 @@ def _kube_proxy_tables(listed: str) -> Iterator[str]:
             yield table
 
 
-def _nft_chains(listed: str) -> Iterator[Chains]:
+def _nft_chains(listed: Iterable[Any]) -> Iterator[Chains]:
     found: dict[tuple[str, str], list[str]] = {}
-    for entry in json.loads(listed).get("nftables", ()):
+    for entry in listed:
         chain = entry.get("chain")
         if chain and chain["family"] in ("ip", "ip6") and chain["table"] in _TABLES and is_kube_proxys(chain["name"]):
             found.setdefault((chain["family"], chain["table"]), []).append(chain["name"])
@@ -165,7 +178,8 @@ def _legacy_chains(run: Run) -> tuple[list[Chains], tuple[str, ...]]:
 
 
 def remove(found: Leftovers) -> None:
-    """Remove what `find` has found, all that can be. Raises LeftoverError that names what could not."""
+    """Remove what `find` has found, all that can be (of what is unknown, nothing). Raises LeftoverError that names
+    what stays."""
     failed: list[str] = []
     for table in found.tables:
         _attempt(failed, f"nftables table {table}", ("nft", "delete", "table", *table.split()))
@@ -177,7 +191,6 @@ def remove(found: Leftovers) -> None:
         _attempt(failed, f"device {IPVS_DEVICE}", ("ip", "link", "delete", IPVS_DEVICE))
     for name in found.ipsets:
         _attempt(failed, f"ipset {name}", ("ipset", "destroy", name))
-    failed.extend(f"not looked into: {reason}" for reason in found.unknown)
     if failed:
         raise LeftoverError(
             f"of kube-proxy there stays: {'; '.join(failed)}; run `kube-proxy --cleanup` on this node, or boot it"
@@ -190,11 +203,11 @@ def _remove_chains(chains: Chains, failed: list[str]) -> None:
         saved = _output((f"{tool}-save", "-t", chains.table)) or ""
         _attempt(failed, str(chains), (f"{tool}-restore", "--noflush"), restore_text(saved))
         return
-    listed = _output(("nft", "-j", "list", "table", chains.family, chains.table))
+    listed = _objects(_output(("nft", "-j", "list", "table", chains.family, chains.table)))
     if listed is None:
         failed.append(f"{chains}: nft cannot list it")
-        return
-    _attempt(failed, str(chains), ("nft", "-f", "-"), nft_text(chains, json.loads(listed).get("nftables", ())))
+    else:
+        _attempt(failed, str(chains), ("nft", "-f", "-"), nft_text(chains, listed))
 
 
 def nft_text(chains: Chains, listed: Iterable[Any]) -> str:

@@ -7,22 +7,23 @@ it is named, and waited for.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from vcproxy.kubeproxy import leftovers
-from vcproxy.kubeproxy.leftovers import LeftoverError, Leftovers
+from vcproxy.kubeproxy.leftovers import LeftoverError, Leftovers, Process
 from vcproxy.ops import logs
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 AGAIN_SECONDS = 30.0
 
 log = logs.get("takeover")
 
 
 class Rivals(NamedTuple):
-    """How leftovers are found and removed; replaced by tests."""
+    """How kube-proxys and what they left are found, and the latter removed; replaced by tests."""
 
+    running: Callable[[], Iterable[Process]] = leftovers.processes
     find: Callable[[], Leftovers] = leftovers.find
     remove: Callable[[Leftovers], None] = leftovers.remove
 
@@ -49,13 +50,14 @@ async def take_over(complete: Callable[[], bool], rivals: Rivals | None = None) 
     while True:
         pause = POLL_SECONDS
         if complete():
-            found = await asyncio.to_thread(rivals.find)
-            running = frozenset(process.pid for process in found.processes)
+            # Processes first: they are cheap to look for, and rules may be very many.
+            running = await asyncio.to_thread(lambda: frozenset(process.pid for process in rivals.running()))
             for pid in running - awaited:
                 log.warning("waiting for kube-proxy to end before its rules are removed: stop it", pid=pid)
             awaited = running
             if not running:
                 try:
+                    found = await asyncio.to_thread(rivals.find)
                     await asyncio.to_thread(rivals.remove, found)
                     log.info("took over from kube-proxy", removed=found.rules)
                     return
