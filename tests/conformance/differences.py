@@ -135,6 +135,91 @@ UNSHOWN = (
 """Differences that the table has no case for; other tests hold vcproxy to them."""
 
 
+@dataclass(frozen=True)
+class Beyond:
+    """A difference of the process, not of what happens to a packet. `seen`: the test that shows it."""
+
+    name: str
+    kube_proxy: str
+    vcproxy: str
+    reason: str
+    seen: str
+
+
+BEYOND = (
+    Beyond(
+        name="A node that changes is followed",
+        kube_proxy="Ends when its Node's addresses change, with `NodeCIDR` when its podCIDRs do, and when its Node is "
+        "deleted; whoever started it starts it again. With `NodeCIDR` it programs nothing for up to five minutes while "
+        "there are no podCIDRs, and then ends.",
+        vcproxy="Goes by the new addresses and podCIDRs at once. A Node that is deleted changes nothing until there is "
+        "one again, but that `/healthz` is 503. Without podCIDRs Services work, and no client counts as a local pod.",
+        reason="Ending is how kube-proxy reads its configuration anew. There is nothing here that would need it, and a "
+        "process that ends programs nothing meanwhile.",
+        seen="e2e/test_dropin.py::test_node_ports_follow_the_nodes_addresses",
+    ),
+    Beyond(
+        name="NodePorts follow addresses that appear later",
+        kube_proxy="With CIDRs in `--nodeport-addresses`, the node's addresses are looked up in full syncs only: one "
+        "that appears later may wait for an hour.",
+        vcproxy="Addresses are followed by rtnetlink.",
+        reason="It costs one element.",
+        seen="tests/unit/node/test_nodestate.py::test_where_node_ports_are_accepted",
+    ),
+    Beyond(
+        name="`primary` is about both families",
+        kube_proxy="A family in which the Node has no address is one that `--nodeport-addresses` says nothing about, "
+        "and so NodePorts are accepted on all its addresses (with a message in the log).",
+        vcproxy="Such a family has no primary address, and NodePorts are accepted on none. CIDRs of one family alone "
+        "mean what they mean to kube-proxy: all addresses of the other, with a warning.",
+        reason="Who says `primary` wants fewer addresses.",
+        seen="tests/unit/node/test_nodestate.py::test_where_node_ports_are_accepted",
+    ),
+    Beyond(
+        name="`all` means the addresses on the node's devices",
+        kube_proxy="Whatever the routing table calls local (`fib daddr type local`) but loopback: so prefixes that are "
+        "routed to the node as a whole (`ip route add local ...`), too.",
+        vcproxy="Every address of a device but loopback.",
+        reason="Where node ports are accepted is a set of addresses; the ruleset has one form for all of this.",
+        seen="tests/unit/node/test_nodestate.py::test_where_node_ports_are_accepted",
+    ),
+    Beyond(
+        name="`localhost` needs no feature gate",
+        kube_proxy="NodePorts on loopback (TCP, relayed in user space) exist with the alpha gate "
+        "`KubeProxyNFTablesLocalhostNodePorts`. With it, what is not served on loopback is rejected by a rule.",
+        vcproxy="They exist wherever `localhost`, or a loopback CIDR, stands in `--nodeport-addresses`; the gate set to "
+        "false turns them off. What is not served is refused by the kernel, as nobody listens. After a restart they are "
+        "there once the brain has spoken; connections end with the process, as kube-proxy's do.",
+        reason="Naming it is asking for it.",
+        seen="e2e/test_dropin.py::test_node_ports_on_loopback",
+    ),
+    Beyond(
+        name="No mode is nftables mode",
+        kube_proxy="Unset, the mode is iptables, in which unset `--nodeport-addresses` mean all addresses, loopback "
+        "among them.",
+        vcproxy="There is one way to program a node, which is closest to nftables mode; unset `--nodeport-addresses` "
+        "mean `primary`, as in that mode. `iptables` and `ipvs` are accepted, with a warning.",
+        reason="nftables mode is where kube-proxy is going (KEP-5343).",
+        seen="tests/unit/kubeproxy/test_configuration.py",
+    ),
+    Beyond(
+        name="Leftovers of other modes stay until they are asked to go",
+        kube_proxy="Removes what its other modes left, before it programs anything.",
+        vcproxy="Names them; `--take-over` removes them when the super cluster's Services are programmed.",
+        reason="Nothing is to be interrupted, and on a node where kube-proxy keeps the super cluster its rules are none "
+        "of ours.",
+        seen="e2e/test_dropin.py::test_no_connection_notices_that_vcproxy_takes_over",
+    ),
+    Beyond(
+        name="An empty `--metrics-bind-address` means none",
+        kube_proxy="Refuses it.",
+        vcproxy="Serves no metrics.",
+        reason="Some want none.",
+        seen="tests/unit/kubeproxy/test_flags.py",
+    ),
+)
+
+
 def difference(case: Case, column: str) -> Difference | None:
     """The difference that a case shows in a column of vcproxy's."""
     if column == KUBE_PROXY:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.conformance.differences import DIFFERENCES, UNSHOWN, difference
+from tests.conformance.differences import BEYOND, DIFFERENCES, UNSHOWN, difference
 from tests.conformance.model import COLUMNS, CONFIGURATIONS, Case, Scenario
 from tests.conformance.table import CASES
 
@@ -126,6 +126,17 @@ def differences() -> str:
             f"- seen in: {', '.join(one.columns)} ({shown} cases)",
         ]
     lines += ["", "## Not shown by the table", "", *(f"- {text}" for text in UNSHOWN)]
+    lines += ["", "# Beyond packets", "", "What the process does, and `vcproxy run` of kube-proxy's flags and files."]
+    for other in BEYOND:
+        lines += [
+            "",
+            f"## {other.name}",
+            "",
+            f"- kube-proxy: {other.kube_proxy}",
+            f"- vcproxy: {other.vcproxy}",
+            f"- why: {other.reason}",
+            f"- seen in: `{other.seen}`",
+        ]
     return "\n".join([*lines, ""])
 
 

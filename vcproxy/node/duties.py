@@ -191,6 +191,8 @@ class Duties:
             await self._worker.call(self._backend.set_node, state)
             self._progress.succeeded()
             self._node_state = state
+            if self._rules.detector == "NodeCIDR" and state.local_sources is None:
+                log.warning("the Node object has no podCIDRs (yet): until it has, no client counts as a local pod")
         self._progress.local.accept_on(listen_addresses(self._rules, state, self._local_addresses))
 
     async def _attach(self) -> None:

@@ -142,7 +142,7 @@ def _conntrack(machine: Machine) -> Iterator[Check]:
 
 def _rivals(machine: Machine) -> Iterator[Check]:
     """kube-proxy's leftovers, or kube-proxy itself, translate the super cluster's packets before or beside us."""
-    cure = "leave it only if vcproxy has no super cluster; else stop kube-proxy and run kube-proxy --cleanup"
+    cure = "leave it only if vcproxy has no super cluster; else stop kube-proxy, and `vcproxy run --cleanup`"
     tables = (machine.run(("nft", "list", "tables")) or "").splitlines()
     for family in ("ip", "ip6"):
         if f"table {family} kube-proxy" in tables:

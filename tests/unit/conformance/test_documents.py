@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.conformance import report
-from tests.conformance.differences import DIFFERENCES, Difference, difference
+from tests.conformance.differences import BEYOND, DIFFERENCES, Beyond, Difference, difference
 from tests.conformance.table import CASES
 
 
@@ -29,3 +31,9 @@ def test_a_difference_is_one(one: Difference) -> None:
     ]
     assert shown, "no case shows it: remove it"
     assert all(one.instead(case) != case.expect for case in shown), "it is none"
+
+
+@pytest.mark.parametrize("one", BEYOND, ids=lambda one: one.name)
+def test_a_difference_beyond_packets_names_its_test(one: Beyond) -> None:
+    file, _, name = one.seen.partition("::")
+    assert (f"def {name}(" if name else "def test_") in Path(file).read_text()

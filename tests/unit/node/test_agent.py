@@ -3,6 +3,7 @@
 import asyncio
 import threading
 
+import msgspec
 import pytest
 
 from tests.fakes.backend import FakeBackend, Kernel, broken
@@ -12,7 +13,7 @@ from vcproxy.model.addresses import parse_address, parse_prefix
 from vcproxy.model.node import NodeFacts
 from vcproxy.model.tenant import Tenant, TenantModel
 from vcproxy.node.attachments import QUARANTINE
-from vcproxy.node.config import Attachment, InterfaceAttachment
+from vcproxy.node.config import Attachment, DetectLocal, InterfaceAttachment, NodeConfiguration
 from vcproxy.node.holdings import Held, TenantChanged, TenantStale, TenantSynced
 from vcproxy.node.resolver import NodeView, resolve
 
@@ -492,6 +493,23 @@ class TestFacts:
         rig.facts(NodeFacts(zone="zone-a", addresses=(parse_address("192.168.0.3"),)))
         await rig.settle()
         assert rig.backend.kernel.node.node_addresses == (parse_address("192.168.0.3"),)
+
+    async def test_a_node_object_that_is_gone_changes_nothing_until_there_is_one_again(self, make_rig: MakeRig) -> None:
+        config = NodeConfiguration(detect_local=DetectLocal(mode="NodeCIDR"))
+        rig = await make_rig(facts=FACTS, config=config)
+        before = rig.backend.kernel.node
+        assert before.node_addresses == FACTS.addresses
+        assert before.local_sources == FACTS.pod_ranges
+        rig.facts(NodeFacts(eligible=False))
+        await rig.settle()
+        assert rig.backend.kernel.node == before
+        assert rig.agent.zone == "zone-a"
+        assert rig.memory.node[0] == msgspec.structs.replace(FACTS, eligible=False)
+        rig.facts(NodeFacts(addresses=(parse_address("192.168.0.7"),), pod_ranges=(parse_prefix("10.0.7.0/24"),)))
+        await rig.settle()
+        after = rig.backend.kernel.node
+        assert after.node_addresses == (parse_address("192.168.0.7"),)
+        assert after.local_sources == (parse_prefix("10.0.7.0/24"),)
 
     async def test_a_change_of_virtual_ranges_alone_is_programmed(self, make_rig: MakeRig) -> None:
         rig = await make_rig()

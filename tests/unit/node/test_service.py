@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -19,6 +20,7 @@ from vcproxy.brain.placement import Claim, Placement
 from vcproxy.brain.store import Store
 from vcproxy.model.addresses import parse_address
 from vcproxy.model.tenant import SUPER_UID, Tenant, TenantModel
+from vcproxy.node import service
 from vcproxy.node.cache import Cache
 from vcproxy.node.config import Attachment, BrainAddress, NodeConfiguration
 from vcproxy.node.holdings import Held, Holdings
@@ -189,3 +191,60 @@ async def test_an_address_in_use_is_named(config: NodeConfiguration) -> None:
     async with server:
         with pytest.RaisesGroup(pytest.RaisesExc(ConfigError, match=f"healthAddress {config.health_address}")):
             await NodeAgent(config, backend=FakeBackend()).run(asyncio.Event())
+
+
+async def test_an_address_in_use_may_be_waited_for(
+    config: NodeConfiguration, unused_tcp_port_factory: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As kube-proxy without --bind-address-hard-fail; it is how vcproxy waits for a kube-proxy to end."""
+    monkeypatch.setattr(service, "BIND_AGAIN", 0.01)
+    metrics_address = f"127.0.0.1:{unused_tcp_port_factory()}"
+    config = msgspec.structs.replace(config, metrics_address=metrics_address, bind_hard_fail=False)
+    stop = asyncio.Event()
+    first = await asyncio.start_server(lambda reader, writer: writer.close(), *metrics_address.split(":"))
+
+    async def serves(client: aiohttp.ClientSession, address: str, path: str) -> bool:
+        try:
+            async with client.get(f"http://{address}{path}") as answer:
+                return answer.status == 200
+        except aiohttp.ClientError:
+            return False
+
+    async with asyncio.TaskGroup() as group, aiohttp.ClientSession() as client, asyncio.timeout(20):
+        group.create_task(NodeAgent(config, backend=FakeBackend()).run(stop))
+        while not await serves(client, config.health_address, "/livez"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        first.close()
+        await first.wait_closed()
+        while not await serves(client, metrics_address, "/metrics"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        stop.set()
+
+
+@pytest.mark.parametrize(
+    ("shown", "group", "kind"),
+    [
+        (None, "vcproxy.dev", "NodeConfiguration"),
+        ({"kubeproxy.config.k8s.io": {"kind": "X"}}, "kubeproxy.config.k8s.io", "X"),
+    ],
+    ids=["of an agent", "of vcproxy run"],
+)
+async def test_configz_and_proxy_mode(
+    config: NodeConfiguration, unused_tcp_port_factory: Callable[[], int], shown: Any, group: str, kind: str
+) -> None:
+    address, stop = f"127.0.0.1:{unused_tcp_port_factory()}", asyncio.Event()
+    config = msgspec.structs.replace(config, metrics_address=address)
+    async with asyncio.TaskGroup() as tasks, aiohttp.ClientSession() as client, asyncio.timeout(20):
+        tasks.create_task(NodeAgent(config, backend=FakeBackend(), shown=shown).run(stop))
+        while True:
+            try:
+                async with client.get(f"http://{address}/configz") as answer:
+                    assert answer.content_type == "application/json"
+                    assert (await answer.json())[group]["kind"] == kind
+                async with client.get(f"http://{address}/proxyMode") as answer:
+                    assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
+                    assert await answer.text() == "nftables"
+                break
+            except aiohttp.ClientConnectionError:
+                await asyncio.sleep(0.01)
+        stop.set()
