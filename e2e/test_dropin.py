@@ -255,6 +255,36 @@ def test_kubeadms_daemonset_works_with_another_command(scene: Scene) -> None:
         assert scene.answers(VIP[4])  # what is programmed stays
 
 
+IN_A_POD = """
+mount -t tmpfs none /run
+mkdir -p /run/secrets/kubernetes.io/serviceaccount
+cp "$0/token" "$0/ca.crt" /run/secrets/kubernetes.io/serviceaccount
+exec "$@"
+"""
+
+
+def test_in_a_pod_without_a_kubeconfig(scene: Scene) -> None:
+    """What Kubernetes mounts into a pod is enough, in a mount namespace of the test's own."""
+    config = scene.config("pod", clientConnection={}, conntrack=UNTOUCHED)
+    port = scene.plane.url.rpartition(":")[2]
+    where = ("env", "KUBERNETES_SERVICE_HOST=127.0.0.1", f"KUBERNETES_SERVICE_PORT={port}")
+    mounted = ("unshare", "--mount", "sh", "-ec", IN_A_POD, str(scene.directory))
+    process = scene.vcproxy("pod", f"--config={config}", "--hostname-override=n1", by=(*where, *mounted))
+    with running(scene, process):
+        serves(scene, process)
+
+
+def test_master_wins_over_the_kubeconfig(scene: Scene) -> None:
+    kubeconfig = scene.directory / "elsewhere.conf"
+    kubeconfig.write_text(
+        (scene.directory / "kubeconfig.conf").read_text().replace(scene.plane.url, "https://192.0.2.1:6443")
+    )
+    config = scene.config("master", clientConnection={"kubeconfig": str(kubeconfig)}, conntrack=UNTOUCHED)
+    process = scene.vcproxy("master", f"--config={config}", "--hostname-override=n1", f"--master={scene.plane.url}")
+    with running(scene, process):
+        serves(scene, process)
+
+
 def _help_of_kube_proxy(binaries: Path) -> set[str]:
     done = subprocess.run([binaries / "kube-proxy", "--help"], capture_output=True, text=True, check=True, timeout=60)
     return set(re.findall(r"^ +(?:-\w, )?--([a-z0-9-]+)\b", done.stdout, re.MULTILINE))
@@ -320,6 +350,50 @@ def test_flags_mean_what_they_mean_to_kube_proxy(
     theirs = _written([control_plane_binaries / "kube-proxy"], arguments, tmp_path / "theirs")
     ours = _written([sys.executable, "-m", "vcproxy", "run"], arguments, tmp_path / "ours")
     assert ours == theirs
+
+
+DETECTORS = {
+    "ClusterCIDR": {},
+    "no detector": {"clusterCIDR": ""},
+    "NodeCIDR": {"detectLocalMode": "NodeCIDR", "clusterCIDR": ""},
+    "InterfaceNamePrefix": {"detectLocalMode": "InterfaceNamePrefix", "detectLocal": {"interfaceNamePrefix": "veth"}},
+    "another prefix": {"detectLocalMode": "InterfaceNamePrefix", "detectLocal": {"interfaceNamePrefix": "cali"}},
+    "BridgeInterface": {"detectLocalMode": "BridgeInterface", "detectLocal": {"bridgeInterface": "veth0001"}},
+}
+
+
+def _treatment(scene: Scene) -> dict[str, object]:
+    """Whom endpoints see when each kind of client dials a ClusterIP, and where a Local policy lets it."""
+    seen: dict[str, object] = {}
+    iproute([f"route replace 10.32.0.0/16 via {scene.node.ip4}"], ns=scene.outside.ns)
+    for name, place in (("pod", scene.client), ("node", scene.node), ("outside", scene.outside)):
+        outcome = tcp_request(place, VIP[4], 80)
+        seen[f"{name} to a ClusterIP"] = outcome.peer[0] if isinstance(outcome, Reply) else outcome
+        outcomes = [tcp_request(place, scene.node.ip4, LOCAL_PORT) for _ in range(24)]
+        seen[f"{name} to a Local NodePort"] = {
+            (outcome.pod, outcome.peer[0]) if isinstance(outcome, Reply) else outcome for outcome in outcomes
+        }
+    return seen
+
+
+@pytest.mark.parametrize("detector", list(DETECTORS))
+def test_local_clients_are_kube_proxys(scene: Scene, detector: str, control_plane_binaries: Path) -> None:
+    """The same file, the same packets, one after the other."""
+    config = scene.config("detector", mode="nftables", conntrack=UNTOUCHED, **DETECTORS[detector])
+    arguments = (f"--config={config}", "--hostname-override=n1")
+    slug = detector.replace(" ", "-")
+    theirs = scene.process(f"theirs-{slug}", str(control_plane_binaries / "kube-proxy"), *arguments)
+    ours = scene.vcproxy(f"ours-{slug}", *arguments)
+    found = []
+    for process in (theirs, ours):
+        with running(scene, process):
+            serves(scene, process)
+            found.append(_treatment(scene))
+    assert found[1] == found[0]
+    local = detector not in ("no detector", "another prefix")
+    assert found[0]["pod to a Local NodePort"] == (
+        {("near", scene.client.ip4), ("far", scene.client.ip4)} if local else {("near", scene.client.ip4)}
+    )
 
 
 # --- taking over ------------------------------------------------------------------------------------------------------
