@@ -540,6 +540,46 @@ def test_node_ports_follow_the_nodes_addresses(scene: Scene) -> None:
         process.check()
 
 
+def test_an_address_that_appears_later_accepts_node_ports(scene: Scene) -> None:
+    config = scene.config("later", nodePortAddresses=["all"], conntrack=UNTOUCHED)
+    process = scene.vcproxy("later", f"--config={config}", "--hostname-override=n1")
+    other = "192.168.77.98"
+
+    def reached() -> bool:
+        return isinstance(tcp_request(scene.outside, other, NODE_PORT, timeout=0.3), Reply)
+
+    with running(scene, process):
+        serves(scene, process)
+        assert not reached()
+        iproute([f"address add {other}/32 dev eth0"], ns=scene.node.ns)
+        try:
+            eventually(reached, within=10, what="the new address accepts NodePorts")
+        finally:
+            iproute([f"address delete {other}/32 dev eth0"], ns=scene.node.ns)
+
+
+READ_ONLY = 'mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys; exec "$@"'
+
+
+def test_a_read_only_proc_sys_matters_where_it_would_have_to_change(scene: Scene) -> None:
+    by = ("unshare", "--mount", "sh", "-ec", READ_ONLY, "read-only")
+    config = scene.config("changed", conntrack=UNTOUCHED | {"tcpCloseWaitTimeout": "1h1m1s"})
+    arguments = (f"--config={config}", "--hostname-override=n1")
+    refused = scene.vcproxy("refused", *arguments, by=by)
+    with running(scene, refused):
+        eventually(lambda: not refused.running, within=30, what="the end")
+        said = refused.log_tail(1)
+        assert "(of kube-proxy's flags --conntrack-tcp-timeout-close-wait): cannot set /proc/sys/net/" in said
+        assert "Read-only file system" in said
+        assert "--init-only" in said
+    initialised = scene.vcproxy("allowed", *arguments, "--init-only")
+    initialised.start()
+    eventually(lambda: not initialised.running, within=30, what="--init-only ends")
+    served = scene.vcproxy("served", *arguments, by=by)
+    with running(scene, served):
+        serves(scene, served)
+
+
 def test_pods_are_local_by_the_nodes_pod_cidrs_as_they_are_now(scene: Scene) -> None:
     config = scene.config("nodecidr", detectLocalMode="NodeCIDR", clusterCIDR="", conntrack=UNTOUCHED)
     process = scene.vcproxy("nodecidr", f"--config={config}", "--hostname-override=n1")
@@ -563,6 +603,65 @@ def test_pods_are_local_by_the_nodes_pod_cidrs_as_they_are_now(scene: Scene) -> 
         finally:
             recreate([scene.node.pod_cidr4, scene.node.pod_cidr6])
         eventually(lambda: seen() == scene.client.ip4, within=20, what="the client is local again")
+
+
+NODE_PORT_ADDRESSES = (
+    ["primary", "localhost"],
+    ["localhost"],
+    ["127.0.0.0/8", "192.168.77.0/24"],
+    ["all"],
+    ["primary"],
+    ["192.0.2.0/24", "2001:db8::/64"],
+    ["192.168.77.0/24"],
+)
+
+
+@pytest.mark.parametrize("accepted", NODE_PORT_ADDRESSES, ids=",".join)
+def test_node_ports_are_where_kube_proxy_has_them(
+    scene: Scene, accepted: list[str], control_plane_binaries: Path
+) -> None:
+    """The same file, the same packets: from the node to loopback, from outside to each address of the node."""
+    gates = {"KubeProxyNFTablesLocalhostNodePorts": True}
+    config = scene.config(
+        "accepted", mode="nftables", conntrack=UNTOUCHED, nodePortAddresses=accepted, featureGates=gates
+    )
+    arguments = (f"--config={config}", "--hostname-override=n1")
+    second = ("192.168.78.1", "fd78::1")
+    dialled = [(scene.node, loopback) for loopback in ("127.0.0.1", "127.0.0.2", "::1")]
+    dialled += [(scene.outside, address) for address in (scene.node.ip4, scene.node.ip6, *second)]
+    iproute([f"address add {address} dev lo" for address in second], ns=scene.node.ns)
+    iproute(
+        [f"route add {second[0]} via {scene.node.ip4}", f"route add {second[1]} via {scene.node.ip6}"],
+        ns=scene.outside.ns,
+    )
+
+    def look() -> dict[str, object]:
+        seen: dict[str, object] = {}
+        for place, address in dialled:
+            for port in (NODE_PORT, LOCAL_PORT):
+                outcomes = [tcp_request(place, address, port) for _ in range(16)]
+                names = {one.pod if isinstance(one, Reply) else one for one in outcomes}
+                seen[f"{address} port {port}"] = names
+        return seen
+
+    found = []
+    try:
+        for name, command in (("theirs", str(control_plane_binaries / "kube-proxy")), ("ours", "")):
+            slug = f"{name}-accepted-{NODE_PORT_ADDRESSES.index(accepted)}"
+            process = scene.process(slug, command, *arguments) if command else scene.vcproxy(slug, *arguments)
+            with running(scene, process):
+                serves(scene, process)
+                if any(text in ("localhost", "127.0.0.0/8") for text in accepted):
+                    eventually(
+                        lambda: isinstance(tcp_request(scene.node, "127.0.0.1", NODE_PORT), Reply),
+                        within=20,
+                        what="a NodePort on loopback",
+                    )
+                found.append(look())
+    finally:
+        iproute([f"address delete {address} dev lo" for address in second], ns=scene.node.ns)
+        iproute([f"route delete {address}" for address in second], ns=scene.outside.ns)
+    assert found[1] == found[0]
 
 
 def test_node_ports_on_loopback(scene: Scene) -> None:
