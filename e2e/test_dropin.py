@@ -9,7 +9,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -409,9 +408,7 @@ def test_local_clients_are_kube_proxys(scene: Scene, detector: str, control_plan
     [
         ("nftables", True),
         ("nftables", False),
-        pytest.param(
-            "iptables", True, marks=pytest.mark.skipif(shutil.which("iptables") is None, reason="no iptables installed")
-        ),
+        ("iptables", True),
     ],
     ids=["nftables, still running", "nftables, stopped before", "iptables, still running"],
 )

@@ -1,7 +1,6 @@
 """What is kube-proxy's on a node: recognised by name, and taken out of tables that are others' too."""
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 
@@ -153,7 +152,6 @@ def test_what_cannot_be_looked_into_is_said(namespace: None, monkeypatch: pytest
     )
 
 
-@pytest.mark.skipif(shutil.which("iptables-legacy") is None, reason="iptables is not installed")
 @pytest.mark.parametrize("tool", ["iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft"])
 def test_with_iptables_own_tools(tool: str, namespace: None) -> None:
     def iptables(words: str) -> str:
