@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import socket
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,8 @@ ENOUGH, TOO_MANY = 8, 80
 THREADS = 24
 
 
+SETTLED_WITHIN = 10.0
+"""Seconds that a change of a Node may take beyond the canary of its step: only Services and slices are in order."""
 # UDP's flows outlive their sockets in connection tracking, so no two may have the same source port. Not those that
 # nodes and pods listen on, and not node ports.
 _SOURCE_PORTS = itertools.cycle((*range(10_000, 30_000), *range(33_000, 61_000)))
@@ -55,7 +58,11 @@ def observe_all(ground: Ground, plan: Plan, tenant: str, cases: Sequence[Case], 
         if case.flow.held:
             key = (case.scenario.family, case.scenario.name, client, *targets)
             return lines.watch(key, place, judge, targets[0], case.expect)
-        return Prober(place, judge).watch(targets, case.expect)
+        prober = Prober(place, judge)
+        seen, deadline = prober.watch(targets, case.expect), time.monotonic() + SETTLED_WITHIN
+        while case.step and seen != case.expect and time.monotonic() < deadline:
+            seen = prober.watch(targets, case.expect)
+        return seen
 
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip((case.id for case in cases), pool.map(observe, cases), strict=True))
@@ -113,10 +120,19 @@ class Prober:
         if protocol == "TCP":
             outcome = tcp_request(self._place, address, port, timeout=timeout)
         else:
-            outcome = udp_request(self._place, address, port, timeout=timeout, source_port=next(_SOURCE_PORTS))
+            outcome = self._ask(address, port, timeout)
         if protocol == "UDP" and outcome == Unreachable("EPERM"):
             outcome = _denied(self._place, address, port, timeout)
         return self._judge.read(outcome, address, port)
+
+    def _ask(self, address: str, port: int, timeout: float) -> Outcome:
+        """UDP from a source port of its own; one that another socket of the place happens to have is passed over."""
+        while True:
+            try:
+                return udp_request(self._place, address, port, timeout=timeout, source_port=next(_SOURCE_PORTS))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
 
 
 def _denied(place: Place, address: str, port: int, timeout: float) -> Outcome:
