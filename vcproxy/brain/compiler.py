@@ -15,12 +15,13 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from vcproxy.brain.frames import frame
+from vcproxy.brain.frames import aliased, frame
 from vcproxy.brain.guard import CURES, Policy, Reason, Refusal, Refusals, Unusable
 from vcproxy.brain.slices import PackedSlice, join, pack_slice
+from vcproxy.brain.vouched import Aliases
 from vcproxy.kube import shapes
 from vcproxy.kube.errors import ShapeError
-from vcproxy.model.services import PortKey, ServicePort
+from vcproxy.model.services import FrontendKind, PortKey, ServicePort
 
 MAX_RECORDED = 10_000
 """Objects of one tenant whose refusals are kept; a tenant can have more bad objects than anybody reads about."""
@@ -28,6 +29,13 @@ MAX_RECORDED = 10_000
 Kind = Literal["Service", "EndpointSlice"]
 Key = tuple[str, str]
 Compilable = shapes.Service | shapes.EndpointSlice
+
+
+class _Frame(NamedTuple):
+    """A Service but for its endpoints; `uid` is that of the object."""
+
+    uid: str
+    ports: tuple[ServicePort, ...]
 
 
 class Change(NamedTuple):
@@ -77,12 +85,22 @@ class Compiler:
 
     Limits hold what is kept: a new Service or a slice beyond them is refused and the last good form of it stays. When
     later removals make room, `starved` says that a new list is worth asking for. `noticed` gets each new refusal.
+
+    `aliases` may change at any time; whoever changes them calls `touch`.
     """
 
-    def __init__(self, policy: Policy, *, noticed: Callable[[Refusal], None] = lambda refusal: None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        aliases: Aliases | None = None,
+        noticed: Callable[[Refusal], None] = lambda refusal: None,
+    ) -> None:
         self._policy = policy
+        self._aliases = aliases if aliases is not None else Aliases()
         self._noticed = noticed
-        self._frames: dict[Key, tuple[ServicePort, ...]] = {}
+        self._frames: dict[Key, _Frame] = {}
+        self._virtual: dict[bytes, int] = {}  # the tenant's own virtual addresses, by how many Services have them
         self._slices: dict[Key, dict[str, PackedSlice]] = {}  # of a Service, by the slices' names
         self._service_of: dict[Key, Key] = {}  # of a slice
         self._emitted: dict[Key, tuple[PortKey, ...]] = {}
@@ -145,13 +163,21 @@ class Compiler:
         else:
             self._put_slice(found)
 
+    def touch(self, keys: Iterable[Key]) -> None:
+        """The aliases of these Services have changed."""
+        for key in keys:
+            if key in self._frames:
+                self._dirty[key] = None
+
     def delete(self, kind: Kind, key: Key) -> None:
         """One object is gone; an unknown one is no error."""
         self._note(kind, key, ())
         if kind == "Service":
-            if self._frames.pop(key, None) is not None:
+            old = self._frames.pop(key, None)
+            if old is not None:
                 self._room = True
                 self._dirty[key] = None
+                self._count_virtual(old.ports, ())
         else:
             self._drop_slice(key)
 
@@ -176,7 +202,9 @@ class Compiler:
         return change
 
     def _compile(self, key: Key, change: Change) -> None:
-        ports = tuple(assemble(self._frames.get(key, ()), self._slices.get(key, {}).values()))
+        held = self._frames.get(key)
+        framed = aliased(held.ports, self._alias(key, held.uid)) if held is not None else ()
+        ports = tuple(assemble(framed, self._slices.get(key, {}).values()))
         now = tuple(port.key for port in ports)
         change.put.extend(ports)
         change.removed.extend(old for old in self._emitted.get(key, ()) if old not in now)
@@ -200,9 +228,25 @@ class Compiler:
             self._note("Service", key, refusals.records())
             return
         self._note("Service", key, refusals.records())
-        if self._frames.get(key) != ports:
-            self._frames[key] = ports
+        old, new = self._frames.get(key), _Frame(found.metadata.uid, ports)
+        if old != new:
+            self._frames[key] = new
             self._dirty[key] = None
+            self._count_virtual(old.ports if old is not None else (), ports)
+
+    def _alias(self, key: Key, uid: str) -> list[bytes]:
+        return [address for address in self._aliases.addresses(key, uid) if address not in self._virtual]
+
+    def _count_virtual(self, old: tuple[ServicePort, ...], new: tuple[ServicePort, ...]) -> None:
+        """A Service's own virtual addresses have changed; who had one of them as an alias is compiled again."""
+        before, after = _virtual_addresses(old), _virtual_addresses(new)
+        for address in before ^ after:
+            count = self._virtual.get(address, 0) + (1 if address in after else -1)
+            if count:
+                self._virtual[address] = count
+            else:
+                del self._virtual[address]
+            self.touch(self._aliases.claimants(address))
 
     def _put_slice(self, found: shapes.EndpointSlice) -> None:
         key = found.key
@@ -271,3 +315,9 @@ class Compiler:
 
 def _limited(records: tuple[Refusal, ...]) -> int:
     return any(record.reason is Reason.LIMIT for record in records)
+
+
+def _virtual_addresses(ports: Iterable[ServicePort]) -> set[bytes]:
+    return {
+        frontend.address for port in ports for frontend in port.frontends if frontend.kind is FrontendKind.CLUSTER_IP
+    }

@@ -30,6 +30,7 @@ from vcproxy.brain.guard import Policy, Reason, Refusal, judge_virtual_ranges
 from vcproxy.brain.inbox import GONE, Batch, Inbox
 from vcproxy.brain.sources import Input, Kind
 from vcproxy.brain.store import Store
+from vcproxy.brain.vouched import Aliases
 from vcproxy.kube import shapes
 from vcproxy.kube.backoff import Backoff
 from vcproxy.kube.errors import ShapeError
@@ -53,7 +54,8 @@ class Feed:
     """Keeps one tenant in `store` up to date from `source`; `await run()` within a TaskGroup.
 
     `events_per_second`: how many changes are compiled on average, 0 for any; beyond it changes of one object coalesce
-    for longer. `observe`: gets every event too, after the feed took it (placement reads slices there).
+    for longer. `observe`: gets every event too, after the feed took it (placement reads slices there). `aliases`:
+    further virtual addresses of its Services.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Feed:
         store: Store,
         policy: Policy,
         events_per_second: int = 0,
+        aliases: Aliases | None = None,
         observe: Callable[[Kind, Event[Any]], None] = lambda kind, event: None,
         backoff: Backoff | None = None,
     ) -> None:
@@ -76,6 +79,8 @@ class Feed:
         self._observe = observe
         self._rate = events_per_second
         self._backoff = backoff or Backoff(base=0.5, cap=60.0, uniform=random.uniform)
+        self._aliases = aliases if aliases is not None else Aliases()
+        self._aliases.changed = self._touch
         self._broken: dict[Kind, Broken] = {}
         self._ranges: dict[Key, tuple[Prefix, ...]] = {}
         self._logged = 0
@@ -83,7 +88,7 @@ class Feed:
 
     def _begin(self) -> None:
         """Empty hands: everything is listed and compiled anew. What the store holds stays until then."""
-        self.compiler = Compiler(self.policy, noticed=self._notice)
+        self.compiler = Compiler(self.policy, aliases=self._aliases, noticed=self._notice)
         self._batch: Batch | None = None
         self._inbox = Inbox(held=self._held, wall_ns=time.time_ns)
         self._arrived = asyncio.Event()
@@ -187,6 +192,11 @@ class Feed:
             gone = [key for key in store.tenants()[uid].model.ports if key not in emitted]
             store.update(uid, (), gone, timing)
             store.set_synced(uid)
+
+    def _touch(self, keys: Iterable[Key]) -> None:
+        self.compiler.touch(keys)
+        self._inbox.date()
+        self._arrived.set()
 
     def _held(self, kind: Compiled) -> Iterable[Key]:
         yield from self.compiler.keys(kind)

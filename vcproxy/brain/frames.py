@@ -6,9 +6,20 @@ what it refuses is left out and recorded, the rest of the Service goes on. A fie
 safe meaning raises Unusable.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from vcproxy.brain.guard import Policy, Reason, Refusals, Unusable, judge_external_ip, judge_node_port, judge_virtual_ip
+import msgspec
+
+from vcproxy.brain.guard import (
+    Policy,
+    Reason,
+    Refusals,
+    Unusable,
+    judge_external_ip,
+    judge_node_port,
+    judge_virtual_ip,
+    never_allowed,
+)
 from vcproxy.brain.slices import LONGEST_NAME, parse_protocol
 from vcproxy.kube import shapes
 from vcproxy.model.addresses import AddressError, Prefix, parse_address, parse_prefix
@@ -65,6 +76,28 @@ def frame(service: shapes.Service, policy: Policy, refusals: Refusals) -> tuple[
             health_check_node_port=health_port,
         )
     return tuple(ports[key] for key in sorted(ports) if ports[key].frontends)
+
+
+def aliased(ports: Iterable[ServicePort], addresses: Sequence[bytes]) -> tuple[ServicePort, ...]:
+    """The same ports, that answer on these further virtual addresses too, where they have a ClusterIP of that family.
+
+    What the super cluster itself says of a Service is no wish of the tenant: the guard has no part in it but for what
+    nobody may use.
+    """
+    usable = [address for address in addresses if not never_allowed(address)]
+    return tuple(_aliased(port, usable) for port in ports)
+
+
+def _aliased(port: ServicePort, addresses: Sequence[bytes]) -> ServicePort:
+    own = {frontend.family: frontend for frontend in port.frontends if frontend.kind is FrontendKind.CLUSTER_IP}
+    further = [
+        Frontend(FrontendKind.CLUSTER_IP, address, own[family].port)
+        for address in addresses
+        if (family := 4 if len(address) == 4 else 6) in own and address != own[family].address
+    ]
+    if not further:
+        return port
+    return msgspec.structs.replace(port, frontends=tuple(sorted((*port.frontends, *further))))
 
 
 def _cluster_ips(spec: shapes.ServiceSpec) -> Mapping[int, bytes]:

@@ -64,6 +64,10 @@ class Inbox:
                 self._events += 1
             case _:
                 return
+        self.date()
+
+    def date(self) -> None:
+        """Something came in now: an object, or what its compiled form depends on."""
         self._received_ns = self._received_ns or self._wall_ns()
 
     def drain(self) -> Batch:

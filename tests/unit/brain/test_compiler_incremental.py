@@ -10,9 +10,11 @@ from tests.unit.brain.kinds import endpoint_slice, service
 from vcproxy.brain.compiler import Compiler, compile_service
 from vcproxy.brain.guard import UNRESTRICTED, Limits, Reason, Unusable
 from vcproxy.brain.slices import join, pack_slice
+from vcproxy.brain.vouched import Alias, Aliases
 from vcproxy.kube.errors import ShapeError
+from vcproxy.model.addresses import format_address, parse_address
 from vcproxy.model.endpoints import READY, SERVING, TERMINATING, Endpoint, HintSet, name_id, pack
-from vcproxy.model.services import Protocol
+from vcproxy.model.services import FrontendKind, Protocol
 from vcproxy.model.tenant import TenantModel
 
 # --- objects at random: few names, so that they meet ------------------------------------------------------------------
@@ -153,6 +155,140 @@ def test_joining_packed_slices_equals_packing_all_their_endpoints(parts) -> None
         held.append(msgspec.structs.replace(packed, endpoints=octets, hint_sets=hint_sets))
     expected = pack([record._replace(port=port) for port, records in parts for record in records])
     assert tuple(join("", Protocol.TCP, held, (4,))) == expected
+
+
+# --- aliases ----------------------------------------------------------------------------------------------------------
+
+VIPS = ["10.96.0.1", "10.96.0.2", "10.96.0.3", "fd00::1:1", "127.0.0.1"]
+UIDS = st.sampled_from(["u1", "u2"])
+
+
+@st.composite
+def named_services(draw):
+    found = service(draw(NAMES), clusterIP=draw(st.sampled_from([*VIPS[:4], "None"])))
+    return msgspec.structs.replace(found, metadata=msgspec.structs.replace(found.metadata, uid=draw(UIDS)))
+
+
+ALIASES = st.builds(
+    lambda uid, texts: Alias(uid, tuple(sorted(parse_address(text) for text in texts))),
+    UIDS,
+    st.lists(st.sampled_from(VIPS), unique=True, min_size=1, max_size=3),
+)
+ALIAS_EVENTS = st.one_of(
+    named_services().map(lambda found: ("put", found)),
+    NAMES.map(lambda name: ("delete", name)),
+    st.tuples(NAMES, st.one_of(st.none(), ALIASES)).map(lambda said: ("alias", said)),
+    st.just(("flush", None)),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(ALIAS_EVENTS, max_size=40))
+def test_aliases_that_come_and_go_equal_compiling_with_the_last_ones(events) -> None:
+    aliases, held, model = Aliases(), {}, TenantModel()
+    compiler = Compiler(UNRESTRICTED, aliases=aliases)
+    aliases.changed = compiler.touch
+    compiler.listed("Service")
+    compiler.listed("EndpointSlice")
+    for what, said in [*events, ("flush", None)]:
+        if what == "put":
+            compiler.put(said)
+            held[said.key] = said
+        elif what == "delete":
+            compiler.delete("Service", ("default", said))
+            held.pop(("default", said), None)
+        elif what == "alias":
+            aliases.put(("default", said[0]), said[1])
+        else:
+            change = compiler.flush()
+            for key in change.removed:
+                model.remove(key)
+            for port in change.put:
+                model.put(port)
+    anew = Compiler(UNRESTRICTED, aliases=aliases)
+    anew.listed("Service")
+    anew.listed("EndpointSlice")
+    for found in held.values():
+        anew.put(found)
+    assert model.ports == {port.key: port for port in anew.flush().put}
+    own = {parse_address(found.spec.cluster_ip) for found in held.values() if found.spec.cluster_ip != "None"}
+    dialled = [
+        (frontend.address, frontend.port)
+        for key, port in model.ports.items()
+        for frontend in port.frontends
+        if frontend.address not in own
+        or frontend.address == parse_address(held[key.namespace, key.service].spec.cluster_ip)
+    ]
+    total = sum(len(port.frontends) for port in model.ports.values())
+    assert len(dialled) == total, "nobody's own address is another's alias"
+
+
+def test_of_two_that_claim_an_address_the_first_by_name_has_it() -> None:
+    aliases, model = Aliases(), TenantModel()
+    compiler = Compiler(UNRESTRICTED, aliases=aliases)
+    aliases.changed = compiler.touch
+    compiler.listed("Service")
+    compiler.listed("EndpointSlice")
+    compiler.put(service("a", clusterIP="10.96.0.1"))
+    compiler.put(service("b", clusterIP="10.96.0.2"))
+    for name in ("b", "a"):
+        aliases.put(("default", name), Alias("", (parse_address("10.32.0.1"),)))
+    assert addresses(compiler, model) == {"a": ["10.32.0.1", "10.96.0.1"], "b": ["10.96.0.2"]}
+    aliases.put(("default", "a"), None)
+    assert addresses(compiler, model) == {"a": ["10.96.0.1"], "b": ["10.32.0.1", "10.96.0.2"]}
+
+
+def addresses(compiler: Compiler, model: TenantModel) -> dict[str, list[str]]:
+    change = compiler.flush()
+    for key in change.removed:
+        model.remove(key)
+    for port in change.put:
+        model.put(port)
+    return {
+        port.key.service: sorted(format_address(frontend.address) for frontend in port.frontends)
+        for port in model.ports.values()
+    }
+
+
+def test_an_alias_is_one_more_cluster_ip_of_its_service_alone() -> None:
+    aliases, model = Aliases(), TenantModel()
+    compiler = Compiler(UNRESTRICTED, aliases=aliases)
+    aliases.changed = compiler.touch
+    compiler.listed("Service")
+    compiler.listed("EndpointSlice")
+    for number in range(1, 100):
+        compiler.put(service(f"s{number}", clusterIP=f"10.96.0.{number}"))
+    compiler.put(endpoint_slice(["10.0.0.1"], service="s7"))
+    addresses(compiler, model)
+    aliases.put(("default", "s7"), Alias("", (parse_address("10.32.0.7"), parse_address("fd00::7"))))
+    change = compiler.flush()
+    assert names(change.put) == ["s7"], "the cost is one Service"
+    (port,) = change.put
+    assert [(frontend.kind, format_address(frontend.address), frontend.port) for frontend in port.frontends] == [
+        (FrontendKind.CLUSTER_IP, "10.32.0.7", 80),
+        (FrontendKind.CLUSTER_IP, "10.96.0.7", 80),
+    ], "of the Service's own family"
+    assert len(port.endpoints4) == 17
+
+
+def test_an_alias_gives_way_to_a_service_that_has_the_address_itself() -> None:
+    aliases, model = Aliases(), TenantModel()
+    compiler = Compiler(UNRESTRICTED, aliases=aliases)
+    aliases.changed = compiler.touch
+    compiler.listed("Service")
+    compiler.listed("EndpointSlice")
+    compiler.put(service("a", clusterIP="10.96.0.1"))
+    aliases.put(("default", "a"), Alias("", (parse_address("10.96.0.2"),)))
+    assert addresses(compiler, model) == {"a": ["10.96.0.1", "10.96.0.2"]}
+    compiler.put(service("b", clusterIP="10.96.0.2"))
+    assert addresses(compiler, model) == {"a": ["10.96.0.1"], "b": ["10.96.0.2"]}
+    compiler.put(service("b", clusterIP="10.96.0.3"))
+    assert addresses(compiler, model) == {"a": ["10.96.0.1", "10.96.0.2"], "b": ["10.96.0.3"]}
+    compiler.put(service("b", clusterIP="10.96.0.2"))
+    compiler.delete("Service", ("default", "b"))
+    assert addresses(compiler, model) == {"a": ["10.96.0.1", "10.96.0.2"]}
+    aliases.put(("default", "a"), Alias("", (parse_address("127.0.0.1"),)))
+    assert addresses(compiler, model) == {"a": ["10.96.0.1"]}, "what is never allowed is no alias either"
 
 
 # --- one by one -------------------------------------------------------------------------------------------------------
