@@ -14,6 +14,7 @@ ClusterIPs, endpoints) is not there: what a test puts in is what comes out.
 
 Faults are looked up for every request, newest first. A fault's answer is a function of the request: those below, or a
 test's own.
+`api.absent` holds paths of collections that are not served, as before a CustomResourceDefinition is there.
 `api.requests` has every request seen, as (verb, path, query), where verb is list, watch, get or the HTTP method.
 """
 
@@ -52,6 +53,7 @@ KINDS = {
     "ServiceCIDR": "/apis/networking.k8s.io/v1/servicecidrs",
     "VirtualCluster": "/apis/tenancy.x-k8s.io/v1alpha1/virtualclusters",
 }
+_GROUP = re.compile(r"/apis/[^/]+/[^/]+")
 _PATH = re.compile(r"(/api/v1|/apis/[^/]+/[^/]+)(?:/namespaces/([^/]+)(?=/))?/([^/]+)(?:/([^/]+))?(?:/status)?")
 
 
@@ -107,6 +109,7 @@ class FakeApiServer:
     def __init__(self, *, token: str = "s3cret", client_certificate: bool = False, history: int = 100_000) -> None:
         self.token = token
         self.faults: list[Fault] = []
+        self.absent: set[str] = set()
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.url = ""
         self._mutual = client_certificate
@@ -303,7 +306,9 @@ class FakeApiServer:
                 return await fault.answer(request)
         if not self._mutual and request.headers.get("Authorization") != f"Bearer {self.token}":
             return failure(401, "Unauthorized")
-        if match is None:
+        if _GROUP.fullmatch(request.path):
+            return self._discover(request.path)
+        if match is None or f"{match[1]}/{match[3]}" in self.absent:
             return failure(404, "the server could not find the requested resource")
         prefix, namespace, plural, name = match.groups()
         path = f"{prefix}/{plural}"
@@ -317,6 +322,14 @@ class FakeApiServer:
                 return failure(404, f"{plural} {name!r} not found") if found is None else _json(found)
             case _:
                 return await self._write(request, path, namespace or "", name)
+
+    def _discover(self, group: str) -> web.StreamResponse:
+        """The resources of one group and version."""
+        served = [path for path in self._kinds if path.startswith(f"{group}/") and path not in self.absent]
+        if not served:
+            return failure(404, "the server could not find the requested resource")
+        resources = [{"name": path.rpartition("/")[2], "kind": self._kinds[path]} for path in served]
+        return _json({"kind": "APIResourceList", "groupVersion": group.removeprefix("/apis/"), "resources": resources})
 
     def _list(self, request: web.Request, path: str, namespace: str) -> web.StreamResponse:
         kept = self._objects.get(path, {})

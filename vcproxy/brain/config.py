@@ -42,10 +42,43 @@ class DirectorySource(Section, frozen=True):
     path: Annotated[str, Meta(description="the folder; watched")] = "/etc/vcproxy/tenants"
 
 
-class TenantSource(Section, frozen=True):
+class VirtualClusterSource(Section, frozen=True):
+    """VirtualCluster objects of the super cluster (kubernetes-sigs/cluster-api-provider-nested)."""
+
+
+class HyperShiftSource(Section, frozen=True):
+    """HostedCluster objects of the super cluster (OpenShift's hosted control planes)."""
+
+
+class HostedSource(Section, frozen=True):
+    """Control planes that a project hosts in the super cluster."""
+
+    namespaces: Annotated[
+        tuple[str, ...], Meta(description="where their objects and Secrets are, and may be read; empty: anywhere")
+    ] = ()
+
+
+class TenantSource(Section, frozen=True, omit_defaults=True):
     """One place where tenants are found; exactly one field is set."""
 
-    directory: DirectorySource | None = None
+    directory: Annotated[
+        DirectorySource | None,
+        Meta(description="a folder with one NAME.kubeconfig, or one folder NAME of manifests, per tenant; watched"),
+    ] = None
+    virtual_cluster: Annotated[
+        VirtualClusterSource | None, Meta(description="VirtualClusters (tenancy.x-k8s.io); their pods share the nodes")
+    ] = None
+    cluster_api: Annotated[HostedSource | None, Meta(description="Cluster API's Clusters (cluster.x-k8s.io)")] = field(
+        name="clusterAPI", default=None
+    )
+    kamaji: Annotated[HostedSource | None, Meta(description="Kamaji's TenantControlPlanes (kamaji.clastix.io)")] = None
+    k0smotron: Annotated[HostedSource | None, Meta(description="k0smotron's Clusters (k0smotron.io)")] = None
+    hypershift: Annotated[
+        HyperShiftSource | None, Meta(description="HyperShift's HostedClusters (hypershift.openshift.io)")
+    ] = None
+    vcluster: Annotated[
+        HostedSource | None, Meta(description="vClusters, by the Services of their API servers; their pods share nodes")
+    ] = None
 
 
 class Limits(Section, frozen=True):
@@ -60,6 +93,14 @@ class Limits(Section, frozen=True):
 
 class TenantPolicy(Section, frozen=True):
     """What a tenant may ask for."""
+
+    api_servers: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="host names (`*` for any part) and CIDRs that kubeconfigs may name; empty: any, but\n"
+            "outside of the directory no loopback or link-local address, node, or API server of the super cluster"
+        ),
+    ] = ()
 
     virtual_ip_ranges: Annotated[
         tuple[str, ...],
@@ -83,7 +124,9 @@ class TenantPolicy(Section, frozen=True):
 class Tenants(Section, frozen=True):
     """Where tenants come from and what they may do."""
 
-    sources: tuple[TenantSource, ...] = (TenantSource(directory=DirectorySource()),)
+    sources: Annotated[tuple[TenantSource, ...], Meta(description="where tenants are found; each of them one of")] = (
+        TenantSource(directory=DirectorySource()),
+    )
     policy: TenantPolicy = TenantPolicy()
     silence_seconds: Annotated[
         float, Meta(description="a watch that says nothing for so long is given up; API servers speak once a minute")

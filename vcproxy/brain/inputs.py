@@ -95,7 +95,7 @@ class ApiInput:
     """Input from an API server.
 
     `resources`: what to follow. A ServiceCIDR that the server does not serve (before 1.33) is asked for ever more
-    rarely, and concerns nobody else. `timing`: of each reflector.
+    rarely, and concerns nobody else. `timing`: of each reflector. `connect`: makes the client for some credentials.
     """
 
     def __init__(
@@ -106,11 +106,12 @@ class ApiInput:
         resources: Sequence[Resource[Any]],
         limits: ClientLimits,
         timing: Timing | None = None,
+        connect: Callable[..., Client] = Client,
     ) -> None:
         self._credentials = credentials
         self._resources = resources
         self._timing = timing
-        self._client = RotatingClient(partial(Client, tenant=tenant, limits=limits), credentials)
+        self._client = RotatingClient(partial(connect, tenant=tenant, limits=limits), credentials)
         self._reflectors: tuple[Reflector[Any], ...] = ()
         self._moved = asyncio.Event()
 

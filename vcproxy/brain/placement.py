@@ -17,6 +17,7 @@ import enum
 import heapq
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -66,6 +67,7 @@ class Placement:
         self._linger_seconds = linger_seconds
         self._clock = clock
         self._nodes: dict[str, _OnNode] = {}
+        self._node_addresses: Counter[bytes] = Counter()
         self._claims: dict[Hashable, tuple[Claim, ...]] = {}
         self._placed: dict[str, int] = {}  # claims of a tenant on all nodes
         self._scopes: dict[str, Scope] = {}
@@ -99,6 +101,10 @@ class Placement:
         """The node's own facts; empty ones without a Node object, and after `demand_nodes` then not eligible."""
         held = self._nodes.get(node)
         return (held.facts if held else None) or NodeFacts(eligible=not self._demanded)
+
+    def is_node(self, address: bytes) -> bool:
+        """Whether a Node object has this address (4 or 16 octets)."""
+        return address in self._node_addresses
 
     def node_names(self) -> Mapping[int, str]:
         """Names of all nodes known, by the ids that packed endpoints carry."""
@@ -156,6 +162,11 @@ class Placement:
         """Facts of a node are now these; None when its Node object is gone."""
         held = self._nodes.setdefault(node, _OnNode())
         if held.facts != facts:
+            self._node_addresses.update(facts.addresses if facts else ())
+            for address in held.facts.addresses if held.facts else ():
+                self._node_addresses[address] -= 1
+                if not self._node_addresses[address]:
+                    del self._node_addresses[address]
             held.facts = facts
             self._announce(node)
 

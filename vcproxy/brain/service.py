@@ -12,21 +12,23 @@ at the end: streams close, nodes keep what they have.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 from aiohttp import web
 
 from vcproxy.brain import config as configuration
 from vcproxy.brain import guard, look
+from vcproxy.brain.apiservers import ApiServers
 from vcproxy.brain.config import BrainConfiguration
 from vcproxy.brain.distribution import Distributor
 from vcproxy.brain.feed import Feed
 from vcproxy.brain.placement import Placement, Scope
-from vcproxy.brain.sources import Problem, Source
-from vcproxy.brain.sources.directory import DirectorySource
+from vcproxy.brain.sources import Problem, catalogue
+from vcproxy.brain.sources.attribution import Owners
 from vcproxy.brain.store import Store
+from vcproxy.brain.superaccess import SuperAccess
 from vcproxy.brain.supercluster import SuperClusterFeed
 from vcproxy.brain.tenants import Grant, Tenants
+from vcproxy.brain.vouched import Vouched
 from vcproxy.kube.client import Limits as ClientLimits
 from vcproxy.kube.reflector import Timing
 from vcproxy.model.addresses import AddressError, Prefix, parse_prefix
@@ -48,8 +50,14 @@ class Brain:
         self.placement = Placement(linger_seconds=config.tenants.linger_seconds)
         self.distributor = Distributor(store=self.store, placement=self.placement)
         self._super: SuperClusterFeed | None = None
+        restricted = any(source.directory is None for source in config.tenants.sources)
+        self._access = SuperAccess(config.super_cluster, guarded=restricted) if config.super_cluster else None
+        self._vouched = Vouched()
+        self._owners = Owners(catalogue.spoken_for(config.tenants.sources))
         self.tenants = Tenants(
-            _sources(config.tenants.sources),
+            catalogue.made(config.tenants.sources, self._access, self._owners, self._vouched),
+            servers=self._api_servers(),
+            vouched=self._vouched,
             store=self.store,
             placement=self.placement,
             grant=grant_of(config.tenants),
@@ -67,9 +75,15 @@ class Brain:
 
     async def _serve(self) -> None:
         config = self._config
-        if config.super_cluster is not None:
+        if config.super_cluster is not None and self._access is not None:
             self._super = SuperClusterFeed(
-                config.super_cluster, store=self.store, placement=self.placement, listed=self._judge_ready
+                config.super_cluster,
+                self._access,
+                store=self.store,
+                placement=self.placement,
+                attribution=self._owners,
+                vouched=self._vouched,
+                listed=self._judge_ready,
             )
         view = look.View(
             store=self.store,
@@ -84,7 +98,8 @@ class Brain:
             stack.callback(self.store.subscribe(self._measure))
             _log.info("starting", brain=self.store.brain_id, super_cluster=config.super_cluster is not None)
             async with asyncio.TaskGroup() as group:
-                if self._super is not None:
+                if self._super is not None and self._access is not None:
+                    group.create_task(self._access.run())
                     group.create_task(self._super.run())
                 group.create_task(self.tenants.run())
                 group.create_task(self._keep_time())
@@ -97,11 +112,29 @@ class Brain:
         return feeds
 
     def _problems(self) -> list[Problem]:
-        return [*(self._super.problems() if self._super is not None else ()), *self.tenants.problems()]
+        found = self._super.problems() if self._super is not None else []
+        if self._access is not None and self._access.problem:
+            found.append(Problem("superCluster.kubeconfig", self._access.problem))
+        return [*found, *self.tenants.problems()]
+
+    def _api_servers(self) -> ApiServers:
+        def known() -> bool:
+            return self._access is None or (bool(self._access.addresses) and self._located)
+
+        try:
+            return ApiServers(
+                self._config.tenants.policy.api_servers, access=self._access, placement=self.placement, known=known
+            )
+        except AddressError as error:
+            raise ConfigError(f"tenants.policy.apiServers: {error}") from error
+
+    @property
+    def _located(self) -> bool:
+        """Nodes, and where pods run, have been read."""
+        return self._super is not None and self._super.complete
 
     def _judge_ready(self) -> None:
-        located = self._config.super_cluster is None or (self._super is not None and self._super.complete)
-        if located and self.tenants.complete and not self.placement.ready:
+        if (self._config.super_cluster is None or self._located) and self.tenants.complete and not self.placement.ready:
             self.placement.set_ready()
             garbage.settled()
             _log.info("ready: every tenant is known, and where pods run", tenants=len(self.store.tenants()))
@@ -172,12 +205,3 @@ def _prefixes(field: str, texts: tuple[str, ...]) -> tuple[Prefix, ...]:
         return tuple(parse_prefix(text) for text in texts)
     except AddressError as error:
         raise ConfigError(f"tenants.policy.{field}: {error}") from error
-
-
-def _sources(configured: tuple[configuration.TenantSource, ...]) -> list[Source]:
-    sources: list[Source] = []
-    for at, source in enumerate(configured):
-        if source.directory is None:
-            raise ConfigError(f"tenants.sources[{at}]: set directory")
-        sources.append(DirectorySource(Path(source.directory.path)))
-    return sources

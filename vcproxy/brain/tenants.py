@@ -7,10 +7,12 @@ forgotten when a source says that it was deleted, and for no other reason.
 import asyncio
 import random
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import msgspec
 
+from vcproxy.brain.apiservers import ApiServers
 from vcproxy.brain.feed import Feed
 from vcproxy.brain.guard import Policy
 from vcproxy.brain.inputs import TENANT_KINDS, ApiInput
@@ -27,6 +29,7 @@ from vcproxy.brain.sources import (
 )
 from vcproxy.brain.sources.selfplaced import SelfPlaced
 from vcproxy.brain.store import Store
+from vcproxy.brain.vouched import Vouched
 from vcproxy.kube.backoff import Backoff
 from vcproxy.kube.client import Limits as ClientLimits
 from vcproxy.kube.errors import KubeconfigError
@@ -71,6 +74,8 @@ class Tenants:
         store: Store,
         placement: Placement,
         grant: Grant,
+        servers: ApiServers,
+        vouched: Vouched,
         scope: Scope,
         completed: Callable[[], None],
     ) -> None:
@@ -78,6 +83,8 @@ class Tenants:
         self._store = store
         self._placement = placement
         self._grant = grant
+        self._servers = servers
+        self._vouched = vouched
         self._scope = scope
         self._completed = completed
         self._waiting = set(range(len(self._sources)))
@@ -169,7 +176,7 @@ class Tenants:
                 self._store.add_tenant(Tenant(uid, found.name))
             return
         try:
-            source = self._input(access, uid)
+            source = self._input(access, found)
         except KubeconfigError as error:
             held.problem = str(error)
             _log.error("tenant cannot be read", tenant=uid, error=str(error))
@@ -179,11 +186,16 @@ class Tenants:
         held.problem = ""
         self._start(found, held, source, group)
 
-    def _input(self, access: Credentials | Input, uid: str) -> Input:
+    def _input(self, access: Credentials | Input, found: TenantFound) -> Input:
         if not isinstance(access, Credentials):
             return access
         return ApiInput(
-            access, tenant=uid, resources=TENANT_KINDS, limits=self._grant.client, timing=self._grant.timing
+            access,
+            tenant=found.uid,
+            resources=TENANT_KINDS,
+            limits=self._grant.client,
+            timing=self._grant.timing,
+            connect=partial(self._servers.connect, restricted=found.restricted),
         )
 
     def _start(self, found: TenantFound, held: _Held, source: Input, group: asyncio.TaskGroup) -> None:
@@ -208,6 +220,7 @@ class Tenants:
             store=self._store,
             policy=self._grant.policy,
             events_per_second=self._grant.events_per_second,
+            aliases=self._vouched.aliases(uid),
             observe=observe,
         )
         held.task = group.create_task(held.feed.run())
@@ -231,6 +244,7 @@ class Tenants:
         self._stop(held)
         self._store.remove_tenant(uid)
         self._placement.forget(uid)
+        self._vouched.forget(uid)
         for metric in (metrics.EVENTS, metrics.STALE):
             metric.remove(uid)
         metrics.REFUSED.remove_by_labels({"tenant": uid})

@@ -243,7 +243,7 @@ async def _both(
     file: Path | None,
 ) -> None:
     from vcproxy.brain.service import Brain
-    from vcproxy.brain.supercluster import credentials_of
+    from vcproxy.brain.superaccess import credentials_of
     from vcproxy.node.service import NodeAgent
     from vcproxy.ops.events import EventRecorder
 

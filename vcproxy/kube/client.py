@@ -38,7 +38,7 @@ from vcproxy.kube.errors import (
 from vcproxy.kube.identity import FileToken, tls_context
 from vcproxy.kube.kubeconfig import Credentials
 from vcproxy.kube.lines import Line, LineCutter
-from vcproxy.kube.resolve import Permit, Resolver, permitted_socket
+from vcproxy.kube.resolve import LookUp, Permit, Resolver, permitted_socket
 
 T = TypeVar("T", bound=HasKey)
 S = TypeVar("S")
@@ -73,7 +73,7 @@ class Limits:
 class Client:
     """Requests to one API server, in the name of one tenant; an async context manager that closes its connections.
 
-    No connection is opened before the first request. `tenant` only names the tenant in errors. `permit`: see
+    No connection is opened before the first request. `tenant` only names the tenant in errors. `permit`, `look_up`: see
     resolve.py. Works on asyncio's and uvloop's loops.
     Paths are those of the API, below the server's own; parts that a tenant chose must be percent-encoded.
     Raises KubeconfigError when certificate and key do not belong together.
@@ -86,11 +86,13 @@ class Client:
         tenant: str,
         limits: Limits | None = None,
         permit: Permit | None = None,
+        look_up: LookUp | None = None,
     ) -> None:
         self.credentials = credentials
         self.tenant = tenant
         self.limits = limits or Limits()
         self._permit = permit
+        self._look_up = look_up
         self._session: aiohttp.ClientSession | None = None
         self._token_file = FileToken(Path(credentials.token_file)) if credentials.token_file else None
         self._tls = tls_context(credentials)
@@ -312,7 +314,7 @@ class Client:
         if self._session is None:
             connector = aiohttp.TCPConnector(
                 ssl=self._tls,
-                resolver=Resolver(),
+                resolver=Resolver(self._look_up),
                 limit=self.limits.connections,
                 socket_factory=permitted_socket(self._permit),
             )

@@ -5,6 +5,8 @@ kubeconfigs that name hosts whose DNS servers never answer would occupy it for g
 lookup going on, in a thread of its own; who asks meanwhile waits for that one. Connections are rare (watches last for
 minutes), so are threads.
 
+`look_up` is asked before DNS: some names mean something only where they were given.
+
 `permit` is asked about every address right before it is connected to, be it from DNS or written in the URL: an
 allowlist that only looked at names could be led anywhere by whoever runs their DNS.
 """
@@ -16,7 +18,7 @@ import errno
 import ipaddress
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -24,19 +26,27 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 Permit = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
 """Says whether an API server may be at this address."""
 
+Address = tuple[str, int]
+"""An IP address as text, and a port."""
+LookUp = Callable[[str, int], Awaitable[Sequence[Address] | None]]
+"""What to dial for a host and port; None: DNS knows. Raises OSError."""
+
 _Infos = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[object, ...]]]
 
 
 class Resolver(AbstractResolver):
     """Looks up the host of one client: in a thread of its own, one lookup at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, look_up: LookUp | None = None) -> None:
+        self._look_up = look_up
         self._running: Future[_Infos] | None = None
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         """All addresses of the host. Raises OSError."""
+        if self._look_up is not None and (found := await self._look_up(host, port)) is not None:
+            return [_numeric(host, address, number) for address, number in found]
         if self._running is None or self._running.done():
             self._running = Future()
             arguments = (host, port, family, self._running)
@@ -52,6 +62,13 @@ class Resolver(AbstractResolver):
 
     async def close(self) -> None:
         """Nothing to close: a lookup under way ends by itself, unheard."""
+
+
+def _numeric(host: str, address: str, port: int) -> ResolveResult:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return ResolveResult(
+        hostname=host, host=address, port=port, family=family, proto=socket.IPPROTO_TCP, flags=socket.AI_NUMERICHOST
+    )
 
 
 def _look_up(host: str, port: int, family: socket.AddressFamily, future: Future[_Infos]) -> None:

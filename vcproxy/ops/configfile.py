@@ -95,16 +95,32 @@ def _describe(shape: type[msgspec.Struct], indent: str) -> Iterator[str]:
     for field in msgspec.structs.fields(shape):
         comment = _description(field.type)
         yield from (f"{indent}# {line}" for line in comment.splitlines())
-        default = field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default
+        default = _default(field)
         if (nested := _nested(field.type)) and (default is not None or field.required):
             yield f"{indent}{field.encode_name}:"
             yield from _describe(nested, indent + "  ")
         elif field.required or default is msgspec.NODEFAULT:
             yield f"{indent}{field.encode_name}:"
         else:
+            if item := _item(field.type):
+                yield from (f"{indent}# {line}" for line in _choices(item))
             yield f"{indent}{field.encode_name}: {_flow(default)}"
             if default is None and nested:
                 yield from (f"{indent}#   {line}" for line in _describe(nested, ""))
+
+
+def _choices(shape: type[msgspec.Struct]) -> Iterator[str]:
+    """What an item of a list may be, one entry a field; below it, what the entry's own fields mean."""
+    for field in msgspec.structs.fields(shape):
+        inner = msgspec.structs.fields(nested) if (nested := _nested(field.type)) else ()
+        value = {each.encode_name: "..." if each.required else _default(each) for each in inner}
+        comment = f"  # {said}" if (said := _description(field.type)) else ""
+        yield f"- {field.encode_name}: {_flow(value if nested else _default(field))}{comment}"
+        yield from (f"    {each.encode_name}: {said}" for each in inner if (said := _description(each.type)))
+
+
+def _default(field: msgspec.structs.FieldInfo) -> Any:
+    return field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default
 
 
 def _flow(value: Any) -> str:
@@ -118,6 +134,13 @@ def _description(hint: Any) -> str:
             if isinstance(extra, msgspec.Meta) and extra.description:
                 return extra.description
     return ""
+
+
+def _item(hint: Any) -> type[msgspec.Struct] | None:
+    """The Struct of which a field holds a list."""
+    if get_origin(hint) is typing.Annotated:
+        return _item(get_args(hint)[0])
+    return _nested(get_args(hint)[0]) if get_origin(hint) is tuple else None
 
 
 def _nested(hint: Any) -> type[msgspec.Struct] | None:

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from tests.unit.brain.kinds import endpoint_slice, node, pod
 from vcproxy.brain.placement import Claim, Placement, Scope, pod_claims, slice_claims
+from vcproxy.brain.sources.attribution import CONTROL_PLANE, NAME, VIRTUAL_CLUSTER, Owners, mark_of
 from vcproxy.brain.sources.selfplaced import SelfPlaced
-from vcproxy.brain.sources.supercluster import Whereabouts, facts_of_node, tenant_of_pod
+from vcproxy.brain.sources.supercluster import Whereabouts, facts_of_node
+from vcproxy.brain.vouched import Vouched
 from vcproxy.kube import shapes
 from vcproxy.kube.errors import ShapeError
 from vcproxy.kube.reflector import Deleted, Listed, Malformed, Upserted
@@ -218,10 +220,17 @@ def test_counts_equal_counting_anew(changes) -> None:
             "dir-acme",
         ),
         ({"tenancy.x-k8s.io/cluster": "acme", "vcproxy.dev/tenant": "globex"}, None),
+        # A vCluster's Pods are for a source of vClusters to attribute: the other labels are the tenant's.
+        ({"vcluster.loft.sh/managed-by": "acme"}, None),
+        ({"app": "vcluster", "release": "acme"}, None),
+        ({"app": "vcluster", "release": "acme", "vcproxy.dev/tenant": "globex"}, None),
+        ({"app": "vcluster", "vcproxy.dev/tenant": "globex"}, "dir-globex"),
+        ({"vcluster.loft.sh/managed-by": "acme", "vcproxy.dev/tenant": "globex"}, None),
     ],
 )
 def test_whose_a_super_cluster_pod_is(labels: dict[str, str], uid: str | None) -> None:
-    assert tenant_of_pod(pod(labels=labels)) == uid
+    mark = mark_of(pod(labels=labels))
+    assert (Owners().owner(mark) if mark is not None else None) == uid
 
 
 def test_facts_of_a_node() -> None:
@@ -271,8 +280,18 @@ def test_the_internal_address_of_a_node_comes_first() -> None:
 ACME = {"vcproxy.dev/tenant": "acme"}
 
 
+def test_addresses_of_nodes_come_move_and_go(placement: Placement) -> None:
+    for name, addresses in (("n1", ("192.0.2.1",)), ("n2", ("192.0.2.1", "192.0.2.2")), ("n1", ("192.0.2.3",))):
+        placement.put_facts(name, facts_of_node(node(name, addresses=addresses)))
+    held = [text for text in ("192.0.2.1", "192.0.2.2", "192.0.2.3") if placement.is_node(parse_address(text))]
+    assert held == ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
+    placement.put_facts("n2", None)
+    assert not placement.is_node(parse_address("192.0.2.1"))
+    assert placement.is_node(parse_address("192.0.2.3"))
+
+
 def test_the_super_clusters_events(placement: Placement) -> None:
-    seen = Whereabouts(placement, origin="super")
+    seen = Whereabouts(placement, origin="super", attribution=Owners())
     seen.take("Node", Listed((node("n1", zone="z"),), ()))
     assert seen.listed == {"Node"}
     assert placement.facts("n1").zone == "z"
@@ -291,7 +310,7 @@ def test_the_super_clusters_events(placement: Placement) -> None:
 
 
 def test_a_list_takes_away_but_not_what_could_not_be_read(placement: Placement) -> None:
-    seen = Whereabouts(placement, origin="super")
+    seen = Whereabouts(placement, origin="super", attribution=Owners())
     seen.take("Pod", Listed((pod("a", labels=ACME), pod("b", ips=("10.0.0.2",), labels=ACME)), ()))
 
     def bad(key):
@@ -304,6 +323,80 @@ def test_a_list_takes_away_but_not_what_could_not_be_read(placement: Placement) 
     assert set(placement.pods("n1")) == {A}
     seen.take("Pod", Listed((), ()))
     assert placement.pods("n1") == {}
+
+
+# --- who owns a mark may be known later -------------------------------------------------------------------------------
+
+SYNCED = {"tenancy.x-k8s.io/cluster": "key", "tenancy.x-k8s.io/vcname": "a"}
+MARK = (VIRTUAL_CLUSTER, "default", "key")
+
+
+def test_an_owner_that_is_told_later_takes_the_pods_over(placement: Placement) -> None:
+    owners = Owners([VIRTUAL_CLUSTER])
+    seen = Whereabouts(placement, origin="super", attribution=owners)
+    seen.take("Pod", Listed((pod("a", labels=SYNCED), pod("b", ips=("10.0.0.2",), labels=ACME)), ()))
+    assert placement.pods("n1") == {B: "dir-acme"}, "what a source speaks for is nobody's until it has spoken"
+    owners.set(MARK, "u1")
+    assert placement.pods("n1") == {A: "u1", B: "dir-acme"}
+    seen.take("Pod", Upserted(pod("c", ips=("10.0.0.3",), labels=SYNCED)))
+    assert placement.pods("n1")[parse_address("10.0.0.3")] == "u1"
+    owners.set(MARK, "u2")
+    assert set(placement.pods("n1").values()) == {"u2", "dir-acme"}
+    owners.set(MARK, None)
+    assert placement.pods("n1") == {B: "dir-acme"}
+
+
+def test_a_pod_event_and_an_owner_cost_what_they_concern(placement: Placement) -> None:
+    owners = Owners([VIRTUAL_CLUSTER])
+    seen = Whereabouts(placement, origin="super", attribution=owners)
+    others = [
+        pod(f"p{n}", node=f"m{n}", namespace=f"ns{n}", ips=(f"10.1.0.{n}",), labels=SYNCED) for n in range(1, 100)
+    ]
+    seen.take("Pod", Listed((*others, pod("a", labels=SYNCED)), ()))
+    told: list[str] = []
+    cancel = placement.subscribe(told.append)
+    owners.set(MARK, "u1")
+    assert set(told) == {"n1"}
+    told.clear()
+    seen.take("Pod", Upserted(pod("a", ips=("10.0.0.2",), labels=SYNCED)))
+    assert set(told) == {"n1"}
+    cancel()
+
+
+def test_a_pod_that_changes_its_mark_changes_hands(placement: Placement) -> None:
+    owners = Owners()
+    seen = Whereabouts(placement, origin="super", attribution=owners)
+    seen.take("Pod", Upserted(pod("a", labels=ACME)))
+    seen.take("Pod", Upserted(pod("a", labels={"vcproxy.dev/tenant": "globex"})))
+    assert placement.pods("n1") == {A: "dir-globex"}
+    owners.set((NAME, "acme"), "u1")
+    assert placement.pods("n1") == {A: "dir-globex"}, "the old mark's owner has no say any more"
+    assert placement.tenants("n1") == {"dir-acme", "dir-globex"}, "the former lingers"
+    seen.take("Pod", Upserted(pod("a", labels={"tenancy.x-k8s.io/cluster": "root"})))
+    assert placement.pods("n1") == {}
+    seen.take("Pod", Upserted(pod("a", labels={"vcproxy.dev/tenant": "globex"})))
+    assert placement.pods("n1") == {A: "dir-globex"}
+    seen.take("Pod", Upserted(pod("a", labels=ACME, phase="Succeeded")))
+    assert placement.pods("n1") == {}
+
+
+def test_pods_of_a_control_plane_are_vouched_for_and_not_placed(placement: Placement) -> None:
+    owners, vouched = Owners(), Vouched()
+    told: list[str] = []
+    vouched.subscribe(told.append)
+    seen = Whereabouts(placement, origin="super", attribution=owners, vouched=vouched)
+    root = pod("apiserver-0", namespace="root", labels={"tenancy.x-k8s.io/cluster": "root"})
+    seen.take("Pod", Upserted(root))
+    assert vouched.api_servers("u1") == frozenset()
+    owners.set((CONTROL_PLANE, "root"), "u1")
+    assert vouched.api_servers("u1") == {A}
+    seen.take("Pod", Upserted(pod("apiserver-1", namespace="root", ips=("10.0.0.2",), labels=root.metadata.labels)))
+    seen.take("Pod", Deleted(("root", "apiserver-0"), ""))
+    assert vouched.api_servers("u1") == {B}
+    assert placement.pods("n1") == {}
+    owners.set((CONTROL_PLANE, "root"), None)
+    assert vouched.api_servers("u1") == frozenset()
+    assert told == ["u1"] * 4
 
 
 # --- tenants that say it themselves -----------------------------------------------------------------------------------

@@ -34,12 +34,14 @@ Access = Credentials | Input
 class TenantFound(msgspec.Struct, frozen=True):
     """A tenant exists and this is how to read it. Said again when its access changes.
 
-    `access` None: it exists, but what there is to read it with cannot be used (yet).
+    `access` None: it exists, but what there is to read it with cannot be used (yet). `restricted`: the server that the
+    credentials name is not the operator's own choice, so policy says where it may be (apiservers.py).
     """
 
     uid: str
     name: str
     access: Access | None
+    restricted: bool = False
 
 
 class TenantGone(msgspec.Struct, frozen=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 from vcproxy.brain.placement import Claim, Placement, slice_claims
 from vcproxy.brain.sources import Kind
+from vcproxy.brain.sources.attribution import Sole
 from vcproxy.brain.sources.supercluster import Whereabouts
 from vcproxy.kube.reflector import Deleted, Event, Listed, Upserted
 
@@ -22,7 +23,7 @@ class SelfPlaced:
         self._uid = uid
         self._pods: set[Key] = set()
         self._slices: dict[Key, tuple[Claim, ...]] = {}
-        self._whereabouts = Whereabouts(placement, origin=uid, tenant_of=lambda pod: uid)
+        self._whereabouts = Whereabouts(placement, origin=uid, attribution=Sole(uid))
 
     @property
     def listed(self) -> bool:

@@ -1,45 +1,25 @@
-"""The super cluster: the tenant `super`, where pods run, and what nodes are.
+"""Pods and Nodes into the placement: where pods run, and what nodes are.
 
-Placement is what tenants cannot write: the super cluster's own Pods, in which the name of the tenant is a label. Which
-label, in this order:
-
-1. `tenancy.x-k8s.io/cluster` together with `tenancy.x-k8s.io/vcname`: VirtualCluster's syncer made this Pod. (The
-   control planes of VirtualClusters carry the first alone; they are the super cluster's.) The syncer removes what
-   tenants write under these names, but copies their other labels: so the next one counts for nothing on such a Pod.
-2. `vcproxy.dev/tenant`: whoever made this Pod in the super cluster says so.
-
-Either holds the name of a tenant of the directory source. Pods with neither are the super cluster's own: their packets
-are in no tenant's zone, so they are not placed.
+Placement is what tenants cannot write: the super cluster's own Pods, and whose they are by attribution.py. Pods that
+are nobody's are the super cluster's own: their packets are in no tenant's zone, so they are not placed.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from vcproxy.brain.placement import Placement, pod_claims
+from vcproxy.brain.placement import Claim, Placement, pod_claims
 from vcproxy.brain.sources import Kind
-from vcproxy.brain.sources.directory import uid_of
+from vcproxy.brain.sources.attribution import CONTROL_PLANE, Attribution, Mark
+from vcproxy.brain.vouched import Vouched
 from vcproxy.kube import shapes
 from vcproxy.kube.reflector import Deleted, Event, Listed, Malformed, Upserted
 from vcproxy.model.addresses import AddressError, Prefix, parse_address, parse_prefix
 from vcproxy.model.node import NodeFacts
 
-TENANT_LABEL = "vcproxy.dev/tenant"
-CLUSTER_LABEL = "tenancy.x-k8s.io/cluster"
-VC_NAME_LABEL = "tenancy.x-k8s.io/vcname"
 ZONE_LABEL = "topology.kubernetes.io/zone"
 TO_BE_DELETED_TAINT = "ToBeDeletedByClusterAutoscaler"
 _NODE_ADDRESSES = ("InternalIP", "ExternalIP")  # as Kubernetes prefers them (GetNodeHostIPs)
 
 Key = tuple[str, str]
-
-
-def tenant_of_pod(pod: shapes.Pod) -> str | None:
-    """The uid of the tenant a super-cluster Pod belongs to; None: the super cluster's own."""
-    labels = pod.metadata.labels
-    if CLUSTER_LABEL in labels:
-        return uid_of(labels[CLUSTER_LABEL]) if VC_NAME_LABEL in labels else None
-    name = labels.get(TENANT_LABEL, "")
-    return uid_of(name) if name else None
 
 
 def facts_of_node(node: shapes.Node) -> NodeFacts:
@@ -63,32 +43,43 @@ def facts_of_node(node: shapes.Node) -> NodeFacts:
     return NodeFacts(zone, tuple(addresses), tuple(ranges), eligible=not leaving)
 
 
+class _Seen(NamedTuple):
+    """A Pod with a mark: its claims without their tenant."""
+
+    mark: Mark
+    claims: tuple[Claim, ...]
+
+
 class Whereabouts:
     """Events about Pods and Nodes into the placement, for one origin of them.
 
-    `tenant_of`: the uid a Pod belongs to, None for nobody's. `origin` keeps objects of the same name in different
-    origins apart. `listed`: the kinds of which a complete list was read.
+    `origin` keeps objects of the same name in different origins apart. `vouched` learns where tenants' API servers run.
+    `listed`: the kinds of which a complete list was read.
     """
 
     def __init__(
-        self, placement: Placement, *, origin: str, tenant_of: Callable[[shapes.Pod], str | None] = tenant_of_pod
+        self, placement: Placement, *, origin: str, attribution: Attribution, vouched: Vouched | None = None
     ) -> None:
         self.listed: set[Kind] = set()
         self._placement = placement
         self._origin = origin
-        self._tenant_of = tenant_of
-        self._pods: set[Key] = set()
+        self._attribution = attribution
+        self._vouched = vouched
+        self._pods: dict[Key, _Seen] = {}
+        self._marked: dict[Mark, set[Key]] = {}
+        self._owners: dict[Mark, str] = {}  # of the marks above, as last told
         self._nodes: set[Key] = set()
+        attribution.subscribe(self._owner_changed)
 
     def take(self, kind: Kind, event: Event[Any]) -> None:
         """One event; other kinds are ignored, and so are objects that cannot be read: what was known stays."""
         if kind not in ("Pod", "Node"):
             return
-        known = self._pods if kind == "Pod" else self._nodes
         match event:
             case Listed(objects, errors):
                 unread = {error.key for error in errors}
                 if None not in unread:
+                    known = self._pods.keys() if kind == "Pod" else self._nodes
                     for key in known - unread - {found.key for found in objects}:
                         self._remove(kind, key)
                 for found in objects:
@@ -113,18 +104,64 @@ class Whereabouts:
             self._nodes.add(found.key)
             self._placement.put_facts(found.metadata.name, facts_of_node(found))
             return
-        tenant = self._tenant_of(found)
-        claims = pod_claims(found, tenant) if tenant is not None else ()
-        if claims:
-            self._pods.add(found.key)
-        else:
-            self._pods.discard(found.key)
-        self._placement.put(("Pod", self._origin, *found.key), claims)
+        mark = self._attribution.mark(found)
+        claims = pod_claims(found, "") if mark is not None else ()
+        if mark is None or not claims:
+            self._remove("Pod", found.key)
+            return
+        old = self._pods.get(found.key)
+        if old is not None and old.mark != mark:
+            if CONTROL_PLANE in (old.mark[0], mark[0]):  # claims of another sort, which the new ones do not replace
+                self._place(found.key, old.mark, ())
+            self._unmark(found.key, old.mark)
+        self._pods[found.key] = _Seen(mark, claims)
+        keys = self._marked.setdefault(mark, set())
+        if not keys and (owner := self._attribution.owner(mark)) is not None:
+            self._owners[mark] = owner
+        keys.add(found.key)
+        self._place(found.key, mark, claims)
 
     def _remove(self, kind: Kind, key: Key) -> None:
-        if kind == "Pod":
-            self._pods.discard(key)
-            self._placement.remove(("Pod", self._origin, *key))
-        elif key in self._nodes:
-            self._nodes.discard(key)
-            self._placement.put_facts(key[1], None)
+        if kind == "Node":
+            if key in self._nodes:
+                self._nodes.discard(key)
+                self._placement.put_facts(key[1], None)
+            return
+        seen = self._pods.pop(key, None)
+        if seen is None:
+            return
+        self._place(key, seen.mark, ())
+        self._unmark(key, seen.mark)
+
+    def _unmark(self, key: Key, mark: Mark) -> None:
+        keys = self._marked[mark]
+        keys.discard(key)
+        if not keys:
+            del self._marked[mark]
+            self._owners.pop(mark, None)
+
+    def _owner_changed(self, mark: Mark) -> None:
+        keys = self._marked.get(mark)
+        if not keys:
+            return
+        old, new = self._owners.pop(mark, None), self._attribution.owner(mark)
+        if mark[0] == CONTROL_PLANE and old is not None:
+            for key in keys:
+                self._vouch(old, key, ())
+        if new is not None:
+            self._owners[mark] = new
+        for key in keys:
+            self._place(key, mark, self._pods[key].claims)
+
+    def _place(self, key: Key, mark: Mark, claims: tuple[Claim, ...]) -> None:
+        owner = self._owners.get(mark)
+        if mark[0] == CONTROL_PLANE:
+            if owner is not None:
+                self._vouch(owner, key, claims)
+            return
+        placed = [claim._replace(tenant=owner) for claim in claims] if owner is not None else ()
+        self._placement.put(("Pod", self._origin, *key), placed)
+
+    def _vouch(self, uid: str, key: Key, claims: tuple[Claim, ...]) -> None:
+        if self._vouched is not None:
+            self._vouched.put_api_server(uid, key, tuple(claim.address for claim in claims if claim.address))
