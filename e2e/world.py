@@ -168,6 +168,10 @@ class World:
         """Pods of a tenant."""
         return [self.pods[tenant, role] for role in roles]
 
+    def uid(self, tenant: str) -> str:
+        """The uid under which a tenant is known."""
+        return uid_of(tenant)
+
     # --- looking ------------------------------------------------------------------------------------------------------
 
     @property
@@ -197,7 +201,7 @@ class World:
             found += [f"{place}: {fault}" for fault in kernel.faults]
             for tenant, (services, endpoints) in said.items():
                 want = wanted(services, endpoints, node=held.name, public=tenant == SUPER)
-                have = kernel.forwarding.get(uid_of(tenant), {})
+                have = kernel.forwarding.get(self.uid(tenant), {})
                 found += [f"{place}: {tenant}: {difference}" for difference in differences(want, have)]
         return found
 
@@ -225,7 +229,7 @@ class World:
     def tenant_row(self, tenant: str, where: str = "brain") -> Mapping[str, Any]:
         """A tenant's row in the status of "brain" or of a node ("one", "two")."""
         rows = self.cluster.ask(self.nodes[where].name if where in self.nodes else where)["tenants"]
-        row: Mapping[str, Any] = next(row for row in rows if row["uid"] == uid_of(tenant))
+        row: Mapping[str, Any] = next(row for row in rows if row["uid"] == self.uid(tenant))
         return row
 
     def connected(self) -> None:
