@@ -57,6 +57,13 @@ class _Run(NamedTuple):
     replaced: list[tuple[bytes, bytes]]
     added: list[tuple[bytes, bytes]]
 
+    @property
+    def stays_for_packets_on_their_way(self) -> bool:
+        """Whether what is removed is removed last. Not ranges beside new ones: the kernel refuses a range that lies in
+        one that is still there (EEXIST, nft_pipapo_insert), and a firewall that narrows must not wait for anything.
+        """
+        return self.spec in _PASSED and not (self.spec.ranges and self.added)
+
 
 class Changes:
     """Net changes, and what they cost. `operations` counts elements added plus elements removed."""
@@ -111,7 +118,7 @@ class Changes:
             writer.add(run.spec, run.added)
         for run in runs:
             if run.spec not in _TARGET_SPECS:
-                if run.spec not in _PASSED:
+                if not run.stays_for_packets_on_their_way:
                     writer.remove(run.spec, run.removed)
                 writer.replace(run.spec, run.replaced)
                 writer.add(run.spec, run.added)
@@ -122,7 +129,7 @@ class Changes:
         if any(run.replaced or run.added or run.spec in _EXCEPTIONS for run in runs if run.spec in _LEADS):
             writer.cut()
         for run in runs:
-            if run.spec in _PASSED:
+            if run.stays_for_packets_on_their_way:
                 writer.remove(run.spec, run.removed)
         for pool_run in pools:
             pool_run.write_removals(writer)

@@ -277,6 +277,20 @@ def test_load_balancer_source_ranges_gate_the_load_balancer_only(cluster: Cluste
 
 
 @families
+def test_load_balancer_source_ranges_are_widened_and_narrowed(cluster: Cluster, family: int) -> None:
+    def allow(*ranges: str) -> None:
+        prefixes = tuple(parse_prefix(text) for text in ranges)
+        cluster.backend.put("super", service(published(), cluster.pods, source_ranges=prefixes))
+
+    allow("192.168.77.200/32", "fd77::200/128")
+    allow("0.0.0.0/1", "128.0.0.0/1", "::/1", "8000::/1")
+    assert isinstance(tcp_request(cluster.other, LB[family], 80), Reply)
+    allow("192.168.77.200/32", "fd77::200/128")
+    assert isinstance(tcp_request(cluster.outside, LB[family], 80), Reply)
+    assert tcp_request(cluster.other, LB[family], 80, timeout=0.5) == TimedOut()
+
+
+@families
 @transports
 def test_a_pod_reaches_itself_through_its_service(cluster: Cluster, family: int, transport: str) -> None:
     cluster.backend.put(
