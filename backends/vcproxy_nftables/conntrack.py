@@ -20,7 +20,7 @@ round (seen in Linux 6.18: a dump tells all flows *but* those asked for, and a f
 IPv6 flows are asked for by zone, protocol and port, and deleted one by one.
 
 Zones: an overlay tenant's flows have the zone in both directions (CTA_ZONE), a flat one's in the original direction
-only (CTATUPLE_ZONE in the original tuple). Filters by zone match both (nf_ct_zone_equal_any).
+only (CTA_TUPLE_ZONE in the original tuple). Filters by zone match both (nf_ct_zone_equal_any).
 """
 
 import errno
@@ -90,7 +90,7 @@ def _zone(zone: int) -> bytes:
 
 
 def _tuple(kind: int, protocol: int, source: Target | None, destination: Target | None, zone: bytes = b"") -> bytes:
-    """CTATUPLE_ORIG or _REPLY with what is given."""
+    """CTA_TUPLE_ORIG or _REPLY with what is given."""
     addresses = b""
     ports = wire.attribute(PROTO_NUM, bytes([protocol]))
     for end, by_octets, port in ((source, SOURCE, PROTO_SRC_PORT), (destination, DESTINATION, PROTO_DST_PORT)):
@@ -117,7 +117,7 @@ def _filter(zone: int | None, protocol: int, destination: Target | None, reply_s
 
 
 def _ends(data: bytes, start: int, end: int) -> tuple[int, Target, Target, int]:
-    """(protocol, source, destination, CTATUPLE_ZONE or 0) of a tuple."""
+    """(protocol, source, destination, CTA_TUPLE_ZONE or 0) of a tuple."""
     source = destination = b""
     protocol = source_port = destination_port = zone = 0
     for kind, first, last in attributes(data, start, end):
