@@ -24,9 +24,9 @@ were told. But what is passed over and what is told add up to the number of elem
 is missing.
 
 A transaction between two pieces gives old values next to new ones, or moves elements past the reader. Own commits wait
-for own dumps. For others, the generation must be the same before and behind; as it counts a transaction up before its
-last elements are moved, it is asked for with no transaction under way: an empty batch waits for the kernel's commit
-mutex and is no generation.
+for own dumps. For others, the generation must be the same before and behind. It counts a transaction up after the new
+elements are in and before the old ones are out; so in front, it is asked for and then what is under way is waited for,
+and behind, the other way round. An empty batch waits for the kernel's commit mutex and is no generation.
 """
 
 import errno
@@ -227,11 +227,11 @@ class Nfnetlink:
         payload = wire.text(LIST_TABLE, self.table) + wire.text(LIST_SET, spec.name)
         with self._lock:
             for _ in range(DUMP_ATTEMPTS):
-                before = self._settled()
+                before = self._begin()
                 replies, verdict = self._questions.dump(kind=_GETSETELEM, family=self.family, payload=payload)
                 self._check(verdict, spec.name)
                 found = dumps.decode(spec, replies)
-                if self._settled() == before and not dumps.repeats(found.keys):
+                if self._unchanged(before) and not dumps.repeats(found.keys):
                     return found
         raise DumpInterrupted(
             f"table {self.table}: map {spec.name} changed during each of {DUMP_ATTEMPTS} attempts to read it: "
@@ -250,7 +250,7 @@ class Nfnetlink:
         asked = records(spec, keys)
         with self._lock:
             for _ in range(DUMP_ATTEMPTS):
-                before, received = self._settled(), list[bytes]()
+                before, received = self._begin(), list[bytes]()
                 for at in range(0, len(asked), _ASKED_AT_ONCE):
                     part = asked[at : at + _ASKED_AT_ONCE].tobytes()
                     payload = lead + wire.attribute(LIST_ELEMENTS | wire.NESTED, part)
@@ -259,7 +259,7 @@ class Nfnetlink:
                         return None
                     self._check(verdict, spec.name)
                     received += found
-                if self._settled() == before:
+                if self._unchanged(before):
                     return dumps.decode(spec, dumps.datagrams(received))
         raise DumpInterrupted(
             f"table {self.table}: the ruleset changed during each of {DUMP_ATTEMPTS} attempts to read elements of "
@@ -268,10 +268,16 @@ class Nfnetlink:
             name=spec.name,
         )
 
-    def _settled(self) -> int:
-        """The generation behind all transactions that are under way."""
+    def _begin(self) -> int:
+        """The generation from which a read begins: all of it is done, unless another one has begun by now."""
+        generation = self.generation()
         self._commits.transact(NO_OPERATION)
-        return self.generation()
+        return generation
+
+    def _unchanged(self, generation: int) -> bool:
+        """Whether no transaction was under way since a read of this generation began."""
+        self._commits.transact(NO_OPERATION)
+        return self.generation() == generation
 
     def exists(self) -> bool:
         """True if the table is there."""

@@ -307,6 +307,40 @@ def test_what_the_kernel_asks_to_repeat_is_repeated(
     assert len(kernel.dump(POOLS).keys) == 1
 
 
+@pytest.mark.parametrize("reader", ["dump", "get"])
+def test_a_read_begins_behind_the_end_of_a_transaction_that_counts_already(
+    reader: str, kernel: Nfnetlink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A transaction is counted before its last elements are moved; one that is there just now is put behind each count.
+    kernel.commit(one(kernel))
+    generation, transact = kernel.generation, kernel._commits.transact
+    collect = {"dump": kernel._questions.dump, "get": kernel._questions.collect}[reader]
+    ending = False
+    reads = []
+
+    def counted() -> int:
+        nonlocal ending
+        ending = True
+        return generation()
+
+    def waited(data: bytes) -> tuple[list[wire.Answer], bool]:
+        nonlocal ending
+        ending = False
+        return transact(data)
+
+    def read(**asked: Any) -> Any:
+        reads.append(ending)
+        return collect(**asked)
+
+    monkeypatch.setattr(kernel, "generation", counted)
+    monkeypatch.setattr(kernel._commits, "transact", waited)
+    monkeypatch.setattr(kernel._questions, "dump" if reader == "dump" else "collect", read)
+    found = kernel.dump(POOLS) if reader == "dump" else kernel.get(POOLS, np.zeros((1, 4), np.uint8))
+    assert found is not None
+    assert len(found.keys) == 1
+    assert reads == [False]
+
+
 def test_a_dump_is_of_one_generation_while_others_commit(kernel: Nfnetlink) -> None:
     # Each transaction gives all of 5,000 elements one other value, so a torn dump would show two.
     keys, data = numbered(5_000)
