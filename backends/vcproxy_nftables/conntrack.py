@@ -217,20 +217,6 @@ class Conntrack:
         for family in (socket.AF_INET, socket.AF_INET6):
             self._delete_each(family, (flow for flow in self._flows(family, b"") if flow.zone == zone))
 
-    def flows(
-        self, *, zones: Collection[int], protocol: int, family: int, destination: Target | None = None
-    ) -> list[Flow]:
-        """These zones' flows of a protocol and of AF_INET or AF_INET6, perhaps only those dialled to a destination.
-
-        One scan of the table inside the kernel, however many zones.
-        """
-        zone = next(iter(zones)) if len(zones) == 1 else None
-        return [
-            flow
-            for flow in self._flows(family, _filter(zone, protocol, destination, None))
-            if flow.zone in zones and flow.protocol == protocol and destination in (None, flow.destination)
-        ]
-
     def reconcile(self, *, zones: Collection[int], protocol: int, serving: Mapping[Target, Set[Target]]) -> int:
         """Forget these zones' flows that were dialled to a key of `serving` and are answered by none of its targets.
 

@@ -156,6 +156,13 @@ def answered_by(request: Callable[[], Outcome], times: int = 12) -> set[str]:
     return names
 
 
+def flows(node: Node, zone: int) -> list[str]:
+    """Connections in a zone: in both directions (overlays), or in the original one only (flat networks)."""
+    ran = [node.run(["conntrack", "-L", "-f", family]) for family in ("ipv4", "ipv6")]
+    wanted = {f"zone={zone}", f"zone-orig={zone}"}
+    return [line for done in ran for line in done.stdout.splitlines() if wanted & set(line.split())]
+
+
 def eventually(condition: Callable[[], bool], *, seconds: float = 5.0) -> None:
     """Wait until a condition holds; fails at the deadline."""
     deadline = time.monotonic() + seconds

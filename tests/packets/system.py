@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.packets.programmed import flows
 from vcproxy.lab import Lab, Outcome, Pod, Reply, TcpSession, Tenant, tcp_request, udp_request
 from vcproxy.lab.cluster import Cluster, endpoint_slice, service
 from vcproxy.lab.dial import Place
@@ -168,10 +169,8 @@ class Site:
         return None
 
     def flows(self, node: str, zone: int) -> list[str]:
-        """Connections in a zone: in both directions (overlays), or in the original one only (flat networks)."""
-        ran = [self.nodes[node].run(["conntrack", "-L", "-f", family]) for family in ("ipv4", "ipv6")]
-        wanted = {f"zone={zone}", f"zone-orig={zone}"}
-        return [line for done in ran for line in done.stdout.splitlines() if wanted & set(line.split())]
+        """See programmed.flows."""
+        return flows(self.nodes[node], zone)
 
     def forget_flows(self, node: str, zone: int) -> None:
         """Delete the connections in a zone: a client's port is taken again sooner than UDP's are forgotten."""
