@@ -18,7 +18,7 @@ import numpy as np
 from vcproxy.model.forwarding import ForwardedPort
 from vcproxy.model.services import FrontendKind
 from vcproxy.model.tenant import SUPER_UID
-from vcproxy_nftables.changes import Element
+from vcproxy_nftables.changes import Element, slot_keys
 from vcproxy_nftables.elements import Elements, MapSpec, Matrix
 from vcproxy_nftables.netlink import Nfnetlink
 from vcproxy_nftables.plan import Planner
@@ -104,11 +104,7 @@ def _slots(image: Image, family: int) -> Matrix:
                 values.update(value[:4] for value in image.elements[spec].values())
     told = np.frombuffer(b"".join(values), np.uint32)
     told = np.sort(told[told >= NUMBERS])
-    counts = np.array(SIZES)[told >> NUMBER_BITS]
-    keys = np.empty((int(counts.sum()), 2), np.uint32)
-    keys[:, 0] = np.repeat(told & NUMBER_MASK, counts)
-    keys[:, 1] = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return keys.view(np.uint8)
+    return slot_keys(told & NUMBER_MASK, np.array(SIZES)[told >> NUMBER_BITS])
 
 
 def _read_pools(image: Image, family: int, found: Elements) -> None:

@@ -18,9 +18,10 @@ right behind. Rejected: waiting for the packets (synchronize_rcu, tens of millis
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from vcproxy_nftables.batch import Batch
 from vcproxy_nftables.elements import MapSpec, Matrix
@@ -262,10 +263,15 @@ class _PoolRun:
 def slot_elements(pools: list[tuple[int, bytes]], width: int) -> tuple[Matrix, Matrix]:
     """Keys u1[n, 8] and data u1[n, width + 2] of all slots of pools, given as (number, expanded slots)."""
     counts = np.fromiter((len(slots) // width for _, slots in pools), np.int64, len(pools))
-    total = int(counts.sum())
-    keys = np.empty((total, 2), np.uint32)
-    keys[:, 0] = np.repeat(np.fromiter((pool for pool, _ in pools), np.uint32, len(pools)), counts)
-    keys[:, 1] = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-    data = np.zeros((total, width + 2), np.uint8)
+    keys = slot_keys(np.fromiter((pool for pool, _ in pools), np.uint32, len(pools)), counts)
+    data = np.zeros((len(keys), width + 2), np.uint8)
     data[:, :width] = np.frombuffer(b"".join(slots for _, slots in pools), np.uint8).reshape(-1, width)
-    return keys.view(np.uint8), data
+    return keys, data
+
+
+def slot_keys(pools: npt.NDArray[np.integer[Any]], counts: npt.NDArray[np.int64]) -> Matrix:
+    """Keys u1[n, 8] of as many slots of these pools (by number) as `counts` says, from 0 on."""
+    keys = np.empty((int(counts.sum()), 2), np.uint32)
+    keys[:, 0] = np.repeat(pools, counts)
+    keys[:, 1] = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return keys.view(np.uint8)
