@@ -71,10 +71,8 @@ class Load:
         from vcproxy.lab import netns
 
         plan = {"targets": list(targets), "workers": workers, "timeout": timeout, "seconds": seconds}
-        with netns.entered(place.ns):
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, json.dumps(plan)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+        command = [sys.executable, __file__, json.dumps(plan)]
+        self._process = netns.spawn(place.ns, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def finish(self) -> Result:
         """End it, and return what became of all requests."""
