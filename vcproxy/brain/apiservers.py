@@ -32,7 +32,7 @@ from vcproxy.kube.decode import ENDPOINT_SLICES
 from vcproxy.kube.errors import ApiError, NotFound
 from vcproxy.kube.kubeconfig import Credentials
 from vcproxy.kube.resolve import Address, Permit
-from vcproxy.model.addresses import AddressError, Prefix, parse_address, parse_prefix
+from vcproxy.model.addresses import AddressError, Prefix, is_address, parse_prefix
 
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 PATIENCE_SECONDS = 2.0
@@ -165,12 +165,4 @@ class SuperServices:
             and endpoint.conditions.ready is not False
         ]
         virtual = [(text, port) for text in service.spec.cluster_ips or (service.spec.cluster_ip,)]
-        return [address for address in sorted(set(targets)) or virtual if _is_address(address[0])]
-
-
-def _is_address(text: str) -> bool:
-    try:
-        parse_address(text)
-    except AddressError:
-        return False
-    return True
+        return [address for address in sorted(set(targets)) or virtual if is_address(address[0])]

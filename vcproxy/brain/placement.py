@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from vcproxy.brain.guard import never_allowed
 from vcproxy.kube import shapes
-from vcproxy.model.addresses import AddressError, parse_address
+from vcproxy.model.addresses import readable_addresses
 from vcproxy.model.endpoints import name_id
 from vcproxy.model.node import NodeFacts
 
@@ -268,22 +268,17 @@ def pod_claims(pod: shapes.Pod, tenant: str) -> tuple[Claim, ...]:
     if not pod.spec.node_name or pod.spec.host_network or pod.status.phase in _FINISHED:
         return ()
     texts = [said.ip for said in pod.status.pod_ips] or [pod.status.pod_ip]
-    addresses = [address for text in texts if (address := _readable(text))]
-    return tuple(Claim(pod.spec.node_name, address, tenant) for address in sorted(set(addresses)) or (b"",))
+    return tuple(Claim(pod.spec.node_name, address, tenant) for address in sorted(_usable(texts)) or (b"",))
 
 
 def slice_claims(found: shapes.EndpointSlice, tenant: str) -> tuple[Claim, ...]:
     """Where the endpoints of a slice run, by its own word: for tenants given as manifests without Pods."""
     claims: set[Claim] = set()
     for endpoint in found.endpoints or ():
-        if endpoint.node_name and endpoint.addresses and (address := _readable(endpoint.addresses[0])):
-            claims.add(Claim(endpoint.node_name, address, tenant))
+        if endpoint.node_name:
+            claims.update(Claim(endpoint.node_name, address, tenant) for address in _usable(endpoint.addresses[:1]))
     return tuple(sorted(claims))
 
 
-def _readable(text: str) -> bytes:
-    try:
-        address = parse_address(text)
-    except AddressError:
-        return b""
-    return b"" if never_allowed(address) else address
+def _usable(texts: Iterable[str]) -> set[bytes]:
+    return {address for address in readable_addresses(texts) if not never_allowed(address)}

@@ -11,7 +11,7 @@ It also knows where that API server is: no tenant's kubeconfig may lead the brai
 import asyncio
 import socket
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,7 +29,7 @@ from vcproxy.kube.errors import ApiError, KubeconfigError
 from vcproxy.kube.kubeconfig import Credentials, in_cluster, load_kubeconfig_file
 from vcproxy.kube.reflector import Timing
 from vcproxy.kube.servers import normalise_server
-from vcproxy.model.addresses import AddressError, parse_address
+from vcproxy.model.addresses import readable_addresses
 from vcproxy.model.tenant import SUPER_UID
 from vcproxy.ops import logs
 from vcproxy.ops.configfile import ConfigError
@@ -125,7 +125,7 @@ class SuperAccess:
         texts = [text for found in service.items or () for text in (found.spec.cluster_ip, *found.spec.cluster_ips)]
         for held in slices.items or ():
             texts.extend(text for endpoint in held.endpoints or () for text in endpoint.addresses)
-        return _readable(texts)
+        return readable_addresses(texts)
 
     def _make_client(self) -> Client:
         try:
@@ -155,14 +155,4 @@ def _dialled(server: str) -> list[bytes]:
         infos = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
     except OSError:
         return []
-    return _readable(str(info[4][0]) for info in infos)
-
-
-def _readable(texts: Iterable[str]) -> list[bytes]:
-    found: list[bytes] = []
-    for text in texts:
-        try:
-            found.append(parse_address(text))
-        except AddressError:
-            continue
-    return found
+    return readable_addresses(str(info[4][0]) for info in infos)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from vcproxy.kubeproxy.configuration import IPVS, MODES, IPTables, KubeProxyConfiguration, NFTables, Path, at, defaulted
 from vcproxy.kubeproxy.reading import Origin, Warned
-from vcproxy.model.addresses import AddressError, Prefix, parse_address, parse_prefix
+from vcproxy.model.addresses import AddressError, Prefix, is_address, parse_prefix
 from vcproxy.ops.configfile import ConfigError
 
 PRIMARY, LOCALHOST, ALL = "primary", "localhost", "all"
@@ -105,7 +105,7 @@ def _periods(config: KubeProxyConfiguration) -> Iterator[Found]:
 
 
 def _addresses(config: KubeProxyConfiguration) -> Iterator[Found]:
-    if not _is_address(config.bind_address):
+    if not is_address(config.bind_address):
         yield ("bindAddress",), f"{config.bind_address!r} is no IP address; 0.0.0.0 or :: leave it to the Node object"
     for path in (("healthzBindAddress",), ("metricsBindAddress",)):
         text: str = at(config, path)
@@ -113,20 +113,13 @@ def _addresses(config: KubeProxyConfiguration) -> Iterator[Found]:
         bracketed = host.startswith("[") and host.endswith("]")
         if text and not (
             colon
-            and _is_address(host[1:-1] if bracketed else host)
+            and is_address(host[1:-1] if bracketed else host)
             and (bracketed or ":" not in host)
             and port.isascii()
             and port.isdigit()
             and 1 <= int(port) <= 65535
         ):
             yield path, f"{text!r} is not IP:PORT with a port of 1 to 65535, like 127.0.0.1:10249 or [::1]:10249"
-
-
-def _is_address(text: str) -> bool:
-    try:
-        return bool(parse_address(text))
-    except AddressError:
-        return False
 
 
 def _node_ports(config: KubeProxyConfiguration) -> Iterator[Found]:

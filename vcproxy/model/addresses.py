@@ -8,6 +8,7 @@ reading of the same string.
 
 import ipaddress
 import socket
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -59,6 +60,22 @@ def parse_address(text: str) -> bytes:
 
 
 _MAPPED = bytes(10) + b"\xff\xff"
+
+
+def readable_addresses(texts: Iterable[str]) -> list[bytes]:
+    """Those of the texts that are addresses, as `parse_address` has them: where the others mean nothing."""
+    found: list[bytes] = []
+    for text in texts:
+        try:
+            found.append(parse_address(text))
+        except AddressError:
+            continue
+    return found
+
+
+def is_address(text: str) -> bool:
+    """Whether `parse_address` takes it."""
+    return bool(readable_addresses((text,)))
 
 
 def parse_prefix(text: str) -> Prefix:

@@ -12,7 +12,7 @@ from vcproxy.brain.sources.attribution import CONTROL_PLANE, Attribution, Mark
 from vcproxy.brain.vouched import Vouched
 from vcproxy.kube import shapes
 from vcproxy.kube.reflector import Deleted, Event, Listed, Malformed, Upserted
-from vcproxy.model.addresses import AddressError, Prefix, parse_address, parse_prefix
+from vcproxy.model.addresses import AddressError, Prefix, parse_prefix, readable_addresses
 from vcproxy.model.node import NodeFacts
 
 ZONE_LABEL = "topology.kubernetes.io/zone"
@@ -24,14 +24,7 @@ Key = tuple[str, str]
 
 def facts_of_node(node: shapes.Node) -> NodeFacts:
     """What a Node object says of its node; addresses and ranges that cannot be read are left out."""
-    addresses: dict[bytes, None] = {}
-    for kind in _NODE_ADDRESSES:
-        for said in node.status.addresses:
-            if said.type == kind:
-                try:
-                    addresses[parse_address(said.address)] = None
-                except AddressError:
-                    continue
+    told = (said.address for kind in _NODE_ADDRESSES for said in node.status.addresses if said.type == kind)
     ranges: list[Prefix] = []
     for text in node.spec.pod_cidrs:
         try:
@@ -40,7 +33,7 @@ def facts_of_node(node: shapes.Node) -> NodeFacts:
             continue
     leaving = node.metadata.deletion_timestamp or any(taint.key == TO_BE_DELETED_TAINT for taint in node.spec.taints)
     zone = node.metadata.labels.get(ZONE_LABEL, "")
-    return NodeFacts(zone, tuple(addresses), tuple(ranges), eligible=not leaving)
+    return NodeFacts(zone, tuple(dict.fromkeys(readable_addresses(told))), tuple(ranges), eligible=not leaving)
 
 
 class _Seen(NamedTuple):

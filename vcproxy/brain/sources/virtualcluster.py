@@ -32,7 +32,7 @@ from vcproxy.kube import shapes
 from vcproxy.kube.decode import NAMESPACES, Key, Resource
 from vcproxy.kube.reflector import Event
 from vcproxy.kube.shapes import Name, Shape
-from vcproxy.model.addresses import AddressError, parse_address
+from vcproxy.model.addresses import readable_addresses
 
 ADMIN = "admin-kubeconfig"
 VC_NAME_LABEL = "tenancy.x-k8s.io/vcname"
@@ -208,10 +208,5 @@ def _alias(found: shapes.Service) -> Alias | None:
     spec, uid = found.spec, found.metadata.annotations.uid
     if not uid or spec.type == "ExternalName":
         return None
-    addresses: list[bytes] = []
-    for text in spec.cluster_ips or (spec.cluster_ip,):
-        try:
-            addresses.append(parse_address(text))
-        except AddressError:
-            continue  # "None", or not allocated yet
+    addresses = readable_addresses(spec.cluster_ips or (spec.cluster_ip,))  # not "None", nor what is not allocated yet
     return Alias(uid, tuple(sorted(set(addresses)))) if addresses else None
