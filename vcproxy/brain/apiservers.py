@@ -20,7 +20,6 @@ import ipaddress
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import msgspec
 from yarl import URL
 
 from vcproxy.brain.guard import covered, never_allowed
@@ -28,13 +27,11 @@ from vcproxy.brain.placement import Placement
 from vcproxy.brain.superaccess import SuperAccess
 from vcproxy.kube import shapes
 from vcproxy.kube.client import Client
-from vcproxy.kube.decode import ENDPOINT_SLICES
 from vcproxy.kube.errors import ApiError, NotFound
 from vcproxy.kube.kubeconfig import Credentials
 from vcproxy.kube.resolve import Address, Permit
 from vcproxy.model.addresses import AddressError, Prefix, is_address, parse_prefix
 
-SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 PATIENCE_SECONDS = 2.0
 """How long the super cluster is waited for where the last answer is known: less than a connection's own deadline."""
 REMEMBERED = 10_000
@@ -115,10 +112,6 @@ def _sorted_out(allowed: Sequence[str]) -> tuple[tuple[Prefix, ...], tuple[str, 
     return tuple(ranges), tuple(hosts)
 
 
-class _Slices(msgspec.Struct):
-    items: tuple[shapes.EndpointSlice, ...] | None = None
-
-
 class SuperServices:
     """Services of the super cluster by name: NAME.NAMESPACE, NAME.NAMESPACE.svc and NAME.NAMESPACE.svc.DOMAIN."""
 
@@ -149,14 +142,11 @@ class SuperServices:
         return found
 
     async def _ask(self, namespace: str, name: str, port: int) -> Sequence[Address]:
-        client = self._access.client
-        service = await client.get_json(f"/api/v1/namespaces/{namespace}/services/{name}", shapes.Service)
-        path = ENDPOINT_SLICES.path.replace("/endpointslices", f"/namespaces/{namespace}/endpointslices")
-        listed = await client.get_json(path, _Slices, params={"labelSelector": f"{SERVICE_NAME_LABEL}={name}"})
+        service = await self._access.client.get_json(f"/api/v1/namespaces/{namespace}/services/{name}", shapes.Service)
         wanted = {said.name for said in service.spec.ports if said.port == port}
         targets = [
             (endpoint.addresses[0], said.port)
-            for held in listed.items or ()
+            for held in await self._access.endpoint_slices(namespace, name)
             for said in held.ports or ()
             for endpoint in held.endpoints or ()
             if (said.name or "") in wanted

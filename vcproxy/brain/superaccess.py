@@ -21,10 +21,11 @@ from yarl import URL
 
 from vcproxy.brain.config import SuperCluster
 from vcproxy.brain.inputs import ApiInput
+from vcproxy.brain.slices import SERVICE_NAME
 from vcproxy.kube import shapes
 from vcproxy.kube.client import Client
 from vcproxy.kube.client import Limits as ClientLimits
-from vcproxy.kube.decode import Resource
+from vcproxy.kube.decode import ENDPOINT_SLICES, Resource
 from vcproxy.kube.errors import ApiError, KubeconfigError
 from vcproxy.kube.kubeconfig import Credentials, in_cluster, load_kubeconfig_file
 from vcproxy.kube.reflector import Timing
@@ -82,6 +83,11 @@ class SuperAccess:
         self._inputs.add(made)
         return made
 
+    async def endpoint_slices(self, namespace: str, service: str) -> tuple[shapes.EndpointSlice, ...]:
+        """Of a Service of the super cluster, as they are now. Raises ApiError."""
+        path, params = ENDPOINT_SLICES.within(namespace).path, {"labelSelector": f"{SERVICE_NAME}={service}"}
+        return (await self._client.get_json(path, _Slices, params=params)).items or ()
+
     async def run(self) -> NoReturn:
         """Read and look up again, for ever."""
         try:
@@ -115,15 +121,11 @@ class SuperAccess:
             service = await self._client.get_json(
                 "/api/v1/namespaces/default/services", _Services, params={"fieldSelector": "metadata.name=kubernetes"}
             )
-            slices = await self._client.get_json(
-                "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices",
-                _Slices,
-                params={"labelSelector": "kubernetes.io/service-name=kubernetes"},
-            )
+            slices = await self.endpoint_slices("default", "kubernetes")
         except ApiError:
             return []
         texts = [text for found in service.items or () for text in (found.spec.cluster_ip, *found.spec.cluster_ips)]
-        for held in slices.items or ():
+        for held in slices:
             texts.extend(text for endpoint in held.endpoints or () for text in endpoint.addresses)
         return readable_addresses(texts)
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
+from urllib.parse import quote
 
 import msgspec
 
@@ -55,6 +56,13 @@ class Resource(Generic[T]):
     path: str
     shape: type[T]
     params: Mapping[str, str] = field(default_factory=dict)
+
+    def within(self, namespace: str) -> Resource[T]:
+        """The same kind in one namespace; "" for all."""
+        if not namespace:
+            return self
+        head, _, plural = self.path.rpartition("/")
+        return replace(self, path=f"{head}/namespaces/{quote(namespace, safe='')}/{plural}")
 
 
 # What somebody else proxies, and endpoints of headless Services, need not travel. Who reads them checks again.

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
-from urllib.parse import quote
 
 import msgspec
 
@@ -123,7 +122,7 @@ class HostedTenants(Generic[T]):
         self._broken.clear()
         self._waiting = set()
         for number, scope in enumerate(self._scopes):
-            own: list[Resource[Any]] = [_within(objects, scope), _within(self._project.secrets, scope)]
+            own: list[Resource[Any]] = [objects.within(scope), self._project.secrets.within(scope)]
             further = self._further if number == 0 else ()
             self._waiting |= {(scope, resource.kind) for resource in (*own, *further)}
             source = self._access.input((*own, *further), timing=self._timing)
@@ -246,7 +245,7 @@ class HostedTenants(Generic[T]):
         namespace, name = secret
         if not (_NAME.fullmatch(namespace) and _NAME.fullmatch(name)):
             return  # there is none of such a name; `_credentials` says that it is missing
-        single = _within(replace(SECRETS, params={"fieldSelector": f"metadata.name={name}"}), namespace)
+        single = replace(SECRETS, params={"fieldSelector": f"metadata.name={name}"}).within(namespace)
         source = self._access.input([single], timing=self._timing)
         self._single[secret] = self._group.create_task(source.run(partial(self._take, "/".join(secret))))
 
@@ -309,14 +308,6 @@ def name_of(found: HasKey) -> str:
     since no namespace has a dot.
     """
     return ".".join(found.key)
-
-
-def _within(resource: Resource[Any], namespace: str) -> Resource[Any]:
-    """The same kind in one namespace; "" for all."""
-    if not namespace:
-        return resource
-    head, _, plural = resource.path.rpartition("/")
-    return replace(resource, path=f"{head}/namespaces/{quote(namespace, safe='')}/{plural}")
 
 
 def _broken(kind: str, error: ApiError) -> str:
