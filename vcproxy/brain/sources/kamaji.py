@@ -48,9 +48,7 @@ class Kamaji(Project[TenantControlPlane]):
     versions = ("v1alpha1",)
     plural = "tenantcontrolplanes"
     objects = Resource("TenantControlPlane", "", TenantControlPlane)
-    secrets = replace(
-        SECRETS, params={"labelSelector": "kamaji.clastix.io/certificate_lifecycle_controller=kubeconfig"}
-    )
+    secrets = replace(SECRETS, params={"labelSelector": f"{LABEL}=kubeconfig"})
 
     def tenancy(self, found: TenantControlPlane) -> Tenancy:
         """See the module; before the status is written, the name that it will say."""

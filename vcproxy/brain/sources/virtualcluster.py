@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from vcproxy.brain.sources.attribution import CONTROL_PLANE, VIRTUAL_CLUSTER, Mark, Owners
+from vcproxy.brain.sources.attribution import CONTROL_PLANE, VC_NAME_LABEL, VIRTUAL_CLUSTER, Mark, Owners
 from vcproxy.brain.sources.collection import Collection
 from vcproxy.brain.sources.project import SECRETS, Project, Tenancy, Unready
 from vcproxy.brain.vouched import Alias, Vouched
@@ -35,7 +35,6 @@ from vcproxy.kube.shapes import Name, Shape
 from vcproxy.model.addresses import readable_addresses
 
 ADMIN = "admin-kubeconfig"
-VC_NAME_LABEL = "tenancy.x-k8s.io/vcname"
 _UID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 _ANNOTATIONS = {
