@@ -55,9 +55,9 @@ class SuperAccess:
         self._addresses: frozenset[bytes] = frozenset()
         try:
             self.credentials = credentials_of(config)
+            self._client = Client(self.credentials, tenant=SUPER_UID)
         except KubeconfigError as error:
             raise ConfigError(f"superCluster: {error}; or set superCluster: null if there is none") from error
-        self._client = self._make_client()
 
     @property
     def problem(self) -> str:
@@ -105,10 +105,11 @@ class SuperAccess:
         try:
             credentials = await asyncio.to_thread(credentials_of, self._config)
             if credentials != self.credentials:
+                client = Client(credentials, tenant=SUPER_UID)
                 for held in list(self._inputs):
                     await held.rotate(credentials)
                 self.credentials = credentials
-                old, self._client = self._client, self._make_client()
+                old, self._client = self._client, client
                 await old.close()
                 _log.info("credentials rotated", tenant=SUPER_UID)
             self._problem = ""
@@ -128,12 +129,6 @@ class SuperAccess:
         for held in slices:
             texts.extend(text for endpoint in held.endpoints or () for text in endpoint.addresses)
         return readable_addresses(texts)
-
-    def _make_client(self) -> Client:
-        try:
-            return Client(self.credentials, tenant=SUPER_UID)
-        except KubeconfigError as error:
-            raise ConfigError(f"superCluster: {error}; or set superCluster: null if there is none") from error
 
 
 def credentials_of(config: SuperCluster) -> Credentials:
