@@ -24,8 +24,11 @@ def report(show: Callable[[Any], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="vcproxy-bench-") as directory, scene(Path(directory)) as found:
         for name, command in (
             ("vcproxy", vcproxy(found, Path(directory))),
-            ("kube-proxy", kube_proxy(found, Path(directory), "1s")),
-            ("kube-proxy, minSyncPeriod 1ns", kube_proxy(found, Path(directory), "1ns")),
+            ("kube-proxy", kube_proxy(found.plane, found.node, Path(directory))),
+            (
+                "kube-proxy, minSyncPeriod 1ns",
+                kube_proxy(found.plane, found.node, Path(directory), min_sync_period="1ns"),
+            ),
         ):
             seen = churn(found, name, command, Path(directory))
             drawn.add_row(

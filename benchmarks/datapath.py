@@ -7,8 +7,6 @@ stands beside ours with the same endpoint behind it, and a third has no proxy: w
 pays for one being there is the difference of the columns "direct".
 """
 
-import json
-import os
 import random
 import socket
 import statistics
@@ -22,12 +20,9 @@ from typing import Any
 
 from rich.table import Table
 
-from e2e import objects
-from e2e.churn import CLUSTER_CIDR
+from e2e import churn, nodes, objects
 from e2e.controlplane import ControlPlane, find_binaries
 from e2e.polling import eventually
-from e2e.processes import Process
-from e2e.relay import Relay
 from vcproxy.backend.protocol import Attachments, NodeState, TenantUpdate
 from vcproxy.lab import Lab, Node, Pod, Reply, netns, tcp_request
 from vcproxy.model.addresses import parse_address, parse_prefix
@@ -133,7 +128,7 @@ def fill(
     """Program ports on a node."""
     with netns.entered(node.ns):
         if complete:
-            sources = tuple(parse_prefix(cidr) for cidr in CLUSTER_CIDR.split(","))
+            sources = tuple(parse_prefix(cidr) for cidr in churn.CLUSTER_CIDR.split(","))
             backend.set_node(NodeState(node_addresses=(parse_address(node.ip4),), local_sources=sources))
         backend.apply(TenantUpdate(uid, put=tuple(ports), complete=complete))
 
@@ -153,15 +148,12 @@ def kube_proxy(node: Node, web: Pod) -> Iterator[None]:
     with (
         tempfile.TemporaryDirectory(prefix="vcproxy-bench-") as directory,
         ControlPlane("path", Path(directory) / "plane", bin_dir=find_binaries(build=False)) as plane,
-        Relay(node.ns, int(plane.url.rpartition(":")[2])),
+        nodes.relay(node, plane),
     ):
         api, chance = plane.client, random.Random(1)
         api.create(objects.namespace("path"))
-        api.create(objects.node(node.name, pod_cidrs=[node.pod_cidr4, node.pod_cidr6]))
-        api.patch_status("Node", node.name, objects.node_status(node.ip4, node.ip6))
-        names = {
-            f"svc-{number}": f"10.32.{1 + number // 250}.{1 + number % 250}" for number in range(PEER_SERVICES - 1)
-        }
+        nodes.register(api, node)
+        names = {f"svc-{number}": churn.address(number) for number in range(PEER_SERVICES - 1)}
         port = objects.service_port(80, name="http", target=PORT)
         api.create_all(
             objects.service(name, namespace="path", ports=[port], cluster_ips=[address])
@@ -178,27 +170,8 @@ def kube_proxy(node: Node, web: Pod) -> Iterator[None]:
                     ports=[objects.slice_port(PORT, name="http")],
                 )
             )
-        config = {
-            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
-            "kind": "KubeProxyConfiguration",
-            "mode": "nftables",
-            "clientConnection": {"kubeconfig": str(plane.kubeconfig)},
-            "clusterCIDR": CLUSTER_CIDR,
-            "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
-        }
-        file = Path(directory) / "kube-proxy.json"
-        file.write_text(json.dumps(config))
-        command = [
-            str(find_binaries(build=False) / "kube-proxy"),
-            f"--config={file}",
-            f"--hostname-override={node.name}",
-        ]
-        process = Process(
-            "kube-proxy",
-            ["nsenter", f"--net={netns.DIRECTORY / node.ns}", "--", *command],
-            log=Path(directory) / "kube-proxy.log",
-            environment={"PATH": os.environ["PATH"], "HOME": directory},
-        )
+        command = churn.kube_proxy(plane, node, Path(directory))
+        process = nodes.daemon(node, "kube-proxy", command, Path(directory))
         process.start()
         try:
             eventually(

@@ -22,13 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from e2e import objects
+from e2e import nodes, objects
 from e2e.apiclient import ApiClient
 from e2e.controlplane import ControlPlane, find_binaries
 from e2e.polling import eventually
 from e2e.processes import Process
-from e2e.relay import Relay
-from vcproxy.lab import Client, Lab, Node, Pod, Reply, netns, tcp_request
+from vcproxy.lab import Client, Lab, Node, Pod, Reply, tcp_request
 from vcproxy.lab.load import Load, Result, Target
 
 SERVICES, ENDPOINTS, RATE = 1_000, 10, 100
@@ -106,11 +105,10 @@ def scene(directory: Path) -> Iterator[Scene]:
         api = found.api
         api.create(objects.namespace(NAMESPACE))
         for node in (one, two):
-            api.create(objects.node(node.name, pod_cidrs=[node.pod_cidr4, node.pod_cidr6]))
-            api.patch_status("Node", node.name, objects.node_status(node.ip4, node.ip6))
+            nodes.register(api, node)
         api.create_all([service(number) for number in range(SERVICES)])
         api.create_all([slice_of(found, f"svc-{number}", ENDPOINTS) for number in range(SERVICES)])
-        with Relay(one.ns, int(plane.url.rpartition(":")[2])):
+        with nodes.relay(one, plane):
             yield found
 
 
@@ -151,27 +149,25 @@ def vcproxy(found: Scene, directory: Path) -> list[str]:
     return [sys.executable, "-m", "vcproxy", "run", *places, *flags]
 
 
-def kube_proxy(found: Scene, directory: Path, min_sync_period: str) -> list[str]:
+def kube_proxy(plane: ControlPlane, node: Node, directory: Path, *, min_sync_period: str = "1s") -> list[str]:
     """The real one. The machine's limits of connection tracking stay as they are; 1s is the default, 1ns the least."""
     config = {
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
         "mode": "nftables",
-        "clientConnection": {"kubeconfig": str(found.plane.kubeconfig)},
+        "clientConnection": {"kubeconfig": str(plane.kubeconfig)},
         "clusterCIDR": CLUSTER_CIDR,
         "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
         "nftables": {"minSyncPeriod": min_sync_period, "syncPeriod": "30s"},
     }
     file = directory / f"kube-proxy-{min_sync_period}.json"
     file.write_text(json.dumps(config))
-    return [str(find_binaries(build=False) / "kube-proxy"), f"--config={file}", "--hostname-override=one"]
+    return [str(find_binaries(build=False) / "kube-proxy"), f"--config={file}", f"--hostname-override={node.name}"]
 
 
 def churn(found: Scene, name: str, command: Sequence[str], directory: Path, *, duration: float = 60.0) -> Outcome:
     """Start a proxy, change and load for `duration` seconds, end it and remove all that it left."""
-    inside = ["nsenter", f"--net={netns.DIRECTORY / found.node.ns}", "--", *command]
-    environment = {"PATH": os.environ["PATH"], "HOME": str(directory), "PYTHONPATH": str(Path.cwd())}
-    process = Process(name, inside, log=directory / f"{name.partition(',')[0]}.log", environment=environment)
+    process = nodes.daemon(found.node, name.partition(",")[0], command, directory)
     targets: list[Target] = [("tcp", address(number), 80) for number in range(SERVICES)]
     public: list[Target] = [("tcp", found.node.ip4, node_port(number)) for number in range(NODE_PORTS)]
     found.chance.shuffle(targets)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,12 +20,11 @@ from typing import Any
 import pytest
 import yaml
 
-from e2e import objects
+from e2e import nodes, objects
 from e2e.apiclient import ApiClient
 from e2e.controlplane import ControlPlane
 from e2e.polling import eventually
 from e2e.processes import Process
-from e2e.relay import Relay
 from tests.unit.kubeproxy.test_flags import FIELDS
 from vcproxy.kubeproxy import flags, leftovers
 from vcproxy.kubeproxy.leftovers import Leftovers
@@ -73,9 +71,7 @@ class Scene:
 
     def process(self, name: str, *command: str) -> Process:
         """A command on the node, not yet started."""
-        inside = ["nsenter", f"--net={netns.DIRECTORY / self.node.ns}", "--", *command]
-        environment = {"PATH": os.environ["PATH"], "HOME": str(self.directory), "PYTHONPATH": str(Path.cwd())}
-        return Process(name, inside, log=self.directory / f"{name}.log", environment=environment)
+        return nodes.daemon(self.node, name, command, self.directory)
 
     def vcproxy(self, name: str, *arguments: str, by: Sequence[str] = ()) -> Process:
         """`vcproxy run` with directories of its own; `by`: a command that starts it."""
@@ -163,8 +159,7 @@ def scene(control_plane_binaries: Path, tmp_path_factory: pytest.TempPathFactory
         for pod in (near, far):
             lab.serve(pod, tcp=[TARGET])
         for node in (one, two):
-            plane.client.create(objects.node(node.name, pod_cidrs=[node.pod_cidr4, node.pod_cidr6]))
-            plane.client.patch_status("Node", node.name, objects.node_status(node.ip4, node.ip6))
+            nodes.register(plane.client, node)
         for made in (
             *_service("web", tuple(VIP.values()), [near, far], NODE_PORT),
             *_service("local", (LOCAL_VIP,), [near, far], LOCAL_PORT, externalTrafficPolicy="Local"),
@@ -173,7 +168,7 @@ def scene(control_plane_binaries: Path, tmp_path_factory: pytest.TempPathFactory
             plane.client.create(made)
         _credentials(plane, directory)
         iproute(["link set lo up"], ns=one.ns)
-        with Relay(one.ns, int(plane.url.rpartition(":")[2])):
+        with nodes.relay(one, plane):
             yield Scene(plane, one, client, near, far, outside, directory)
 
 
@@ -535,8 +530,7 @@ def test_node_ports_follow_the_nodes_addresses(scene: Scene) -> None:
             assert reached(other)
             assert scene.answers(VIP[4])
         finally:
-            scene.api.create(objects.node("n1", pod_cidrs=[scene.node.pod_cidr4, scene.node.pod_cidr6]))
-            scene.api.patch_status("Node", "n1", objects.node_status(scene.node.ip4, scene.node.ip6))
+            nodes.register(scene.api, scene.node)
             iproute([f"address delete {other}/32 dev eth0"], ns=scene.node.ns)
         eventually(lambda: reached(scene.node.ip4), within=20, what="the first address accepts NodePorts again")
         process.check()

@@ -17,11 +17,11 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from e2e import nodes
 from e2e.apiclient import ApiError, Resource
 from e2e.controlplane import ControlPlane
-from e2e.objects import endpoint, endpoint_slice, namespace, node, node_status, service, service_port, slice_port
+from e2e.objects import endpoint, endpoint_slice, namespace, service, service_port, slice_port
 from e2e.polling import eventually
-from e2e.relay import Relay
 from vcproxy.lab import Broken, HttpReply, Lab, Node, Refused, Reply, http_get, netns, udp_request
 
 pytestmark = [pytest.mark.controlplane, pytest.mark.packets]
@@ -124,10 +124,9 @@ def proxies(
         for kind in ("Service", "EndpointSlice"):
             stack.callback(client.delete_all, kind, made.namespace)
         for place in made.nodes.values():
-            client.create(node(place.name, pod_cidrs=[place.pod_cidr4, place.pod_cidr6]))
-            client.patch_status("Node", place.name, node_status(place.ip4, place.ip6))
+            nodes.register(client, place)
             stack.callback(_forget, client.delete, "Node", place.name)
-            stack.enter_context(Relay(place.ns, int(super_plane.url.rpartition(":")[2])))
+            stack.enter_context(nodes.relay(place, super_plane))
         config = directory / "kube-proxy.yaml"
         config.write_text(json.dumps(_kube_proxy(made.nodes["kube-proxy"].name, super_plane.kubeconfig)))
         commands = {

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from e2e.controlplane import ControlPlane
+from e2e.nodes import register
 from e2e.objects import (
     Object,
     endpoint,
     endpoint_slice,
     namespace,
-    node,
-    node_status,
     pod,
     pod_status,
     service,
@@ -253,8 +252,7 @@ class World:
         client = self.super.client
         client.create(namespace(self.namespace))
         for place in self.nodes.values():
-            client.create(node(place.name, pod_cidrs=[place.pod_cidr4, place.pod_cidr6]))
-            client.patch_status("Node", place.name, node_status(place.ip4, place.ip6))
+            register(client, place)
         for (tenant, role), made in self.pods.items():
             self.tell_pod(f"{tenant}-{role}", tenant, made)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from e2e import nodes
 from e2e import objects as k8s
 from e2e.apiclient import ApiClient
 from e2e.conformance.answers import Observation
@@ -35,7 +35,6 @@ from e2e.conformance.probe import observe_all
 from e2e.controlplane import ControlPlane
 from e2e.polling import eventually
 from e2e.processes import Process
-from e2e.relay import Relay
 from tests.conformance.differences import expected
 from tests.conformance.interpreter import NODE_PORT_ADDRESSES, POD_CIDRS
 from tests.conformance.model import (
@@ -48,7 +47,7 @@ from tests.conformance.model import (
     Scenario,
 )
 from tests.conformance.objects import PUBLIC_CIDRS, SERVICE_CIDRS, Cast, Object, Plan, dialled, objects, service_cidr
-from vcproxy.lab import Lab, Reply, netns, tcp_request
+from vcproxy.lab import Lab, Reply, tcp_request
 from vcproxy.lab.cluster import Cluster, endpoint_slice, service
 
 TENANT, OTHER = "acme", "globex"
@@ -260,7 +259,6 @@ def _ingress(item: Mapping[str, Any]) -> list[Object]:
 def _from_api_server(run: Run, ground: Ground, directory: Path, plane: ControlPlane) -> Iterator[_Proxy]:
     client, cast = plane.client, ground.casts[""]
     namespaces = [CANARY, *map(run.plan.namespace, run.scenarios)]
-    port = int(plane.url.rpartition(":")[2])
     with ExitStack() as stack:
         for name in namespaces:
             if not any(item["metadata"]["name"] == name for item in client.list("Namespace").items):
@@ -268,14 +266,11 @@ def _from_api_server(run: Run, ground: Ground, directory: Path, plane: ControlPl
             stack.callback(_empty, client, name)
         for where, node in ground.nodes.items():
             zone = run.configuration.zone if where == "here" else "zone-b"
-            client.create(k8s.node(node.name, zone=zone or None, pod_cidrs=[node.pod_cidr4, node.pod_cidr6]))
+            nodes.register(client, node, zone=zone or None)
             stack.callback(client.delete, "Node", node.name)
-            client.patch_status("Node", node.name, k8s.node_status(node.ip4, node.ip6))
-        stack.enter_context(Relay(ground.here.ns, port))
+        stack.enter_context(nodes.relay(ground.here, plane))
         command = _kube_proxy(run, plane) if run.column == KUBE_PROXY else _vcproxy_run(run, plane, directory)
-        inside = ["nsenter", f"--net={netns.DIRECTORY / ground.here.ns}", "--", *command]
-        environment = {"PATH": os.environ["PATH"], "HOME": str(directory)}
-        process = Process(run.column, inside, log=directory / "proxy.log", environment=environment)
+        process = nodes.daemon(ground.here, run.column, command, directory)
         proxy = _ApiProxy(run, cast, client, process)
         process.start()
         stack.callback(process.kill)
