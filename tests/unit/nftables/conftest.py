@@ -1,19 +1,13 @@
-"""A network namespace for the tests of one module, with a table of every kind of map in it.
+"""A network namespace for the tests of one module, with a table of every kind of map in it."""
 
-The namespace has no name: it is unshared, not added, so it goes with its last process whatever happens to the tests.
-"""
-
-import ctypes
 import json
-import os
 import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-CLONE_NEWNET = 0x40000000
-_LIBC = ctypes.CDLL(None, use_errno=True)
+from tests.unit.namespaces import own_namespace
 
 TABLE = """
 table inet vcproxy {
@@ -39,23 +33,11 @@ table inet vcproxy {
 """
 
 
-def _enter(result: int) -> None:
-    if result:
-        raise OSError(ctypes.get_errno(), "cannot change the network namespace: the tests need root")
-
-
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[None]:
     """This thread, and what it starts, is in a network namespace of its own for all tests of the module."""
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        _enter(_LIBC.unshare(CLONE_NEWNET))
-        try:
-            yield
-        finally:
-            _enter(_LIBC.setns(home, CLONE_NEWNET))
-    finally:
-        os.close(home)
+    with own_namespace():
+        yield
 
 
 @pytest.fixture(scope="module")
