@@ -186,10 +186,7 @@ ALIAS_EVENTS = st.one_of(
 @given(st.lists(ALIAS_EVENTS, max_size=40))
 def test_aliases_that_come_and_go_equal_compiling_with_the_last_ones(events) -> None:
     aliases, held, model = Aliases(), {}, TenantModel()
-    compiler = Compiler(UNRESTRICTED, aliases=aliases)
-    aliases.changed = compiler.touch
-    compiler.listed("Service")
-    compiler.listed("EndpointSlice")
+    compiler = started(aliases)
     for what, said in [*events, ("flush", None)]:
         if what == "put":
             compiler.put(said)
@@ -225,10 +222,7 @@ def test_aliases_that_come_and_go_equal_compiling_with_the_last_ones(events) -> 
 
 def test_of_two_that_claim_an_address_the_first_by_name_has_it() -> None:
     aliases, model = Aliases(), TenantModel()
-    compiler = Compiler(UNRESTRICTED, aliases=aliases)
-    aliases.changed = compiler.touch
-    compiler.listed("Service")
-    compiler.listed("EndpointSlice")
+    compiler = started(aliases)
     compiler.put(service("a", clusterIP="10.96.0.1"))
     compiler.put(service("b", clusterIP="10.96.0.2"))
     for name in ("b", "a"):
@@ -252,10 +246,7 @@ def addresses(compiler: Compiler, model: TenantModel) -> dict[str, list[str]]:
 
 def test_an_alias_is_one_more_cluster_ip_of_its_service_alone() -> None:
     aliases, model = Aliases(), TenantModel()
-    compiler = Compiler(UNRESTRICTED, aliases=aliases)
-    aliases.changed = compiler.touch
-    compiler.listed("Service")
-    compiler.listed("EndpointSlice")
+    compiler = started(aliases)
     for number in range(1, 100):
         compiler.put(service(f"s{number}", clusterIP=f"10.96.0.{number}"))
     compiler.put(endpoint_slice(["10.0.0.1"], service="s7"))
@@ -273,10 +264,7 @@ def test_an_alias_is_one_more_cluster_ip_of_its_service_alone() -> None:
 
 def test_an_alias_gives_way_to_a_service_that_has_the_address_itself() -> None:
     aliases, model = Aliases(), TenantModel()
-    compiler = Compiler(UNRESTRICTED, aliases=aliases)
-    aliases.changed = compiler.touch
-    compiler.listed("Service")
-    compiler.listed("EndpointSlice")
+    compiler = started(aliases)
     compiler.put(service("a", clusterIP="10.96.0.1"))
     aliases.put(("default", "a"), Alias("", (parse_address("10.96.0.2"),)))
     assert addresses(compiler, model) == {"a": ["10.96.0.1", "10.96.0.2"]}
@@ -294,8 +282,10 @@ def test_an_alias_gives_way_to_a_service_that_has_the_address_itself() -> None:
 # --- one by one -------------------------------------------------------------------------------------------------------
 
 
-def started(**policy) -> Compiler:
-    compiler = Compiler(msgspec.structs.replace(UNRESTRICTED, **policy))
+def started(aliases: Aliases | None = None, **policy) -> Compiler:
+    compiler = Compiler(msgspec.structs.replace(UNRESTRICTED, **policy), aliases=aliases)
+    if aliases is not None:
+        aliases.changed = compiler.touch
     compiler.listed("Service")
     compiler.listed("EndpointSlice")
     return compiler
