@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import signal
 import subprocess
@@ -27,7 +26,9 @@ from vcproxy.ops import admin, configfile, pki
 
 BRAIN_NAME = "vcproxy-brain"
 _GRACE = 10.0  # seconds for a daemon to end by itself
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+# A program and not preexec_fn: for Python between fork and exec, subprocess forks in earnest, and a gRPC that the
+# caller uses then starts its threads anew, in the child too, and in the network namespace of the caller at that time.
+_DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 class Cluster:
@@ -209,18 +210,9 @@ class Cluster:
         argv = [sys.executable, "-m", "vcproxy", command, "--config", str(config)]
         inside = netns.entered(ns) if ns else contextlib.nullcontext()
         with (self.directory / f"{name}.log").open("ab") as log, inside:
-            process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent
-            )
+            process = subprocess.Popen([*_DIE_WITH_PARENT, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._processes[name] = process
         return process
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def service(
