@@ -39,6 +39,7 @@ from vcproxy.model.addresses import AddressError, Prefix, parse_prefix
 from vcproxy.model.tenant import Tenant
 from vcproxy.model.timing import Timing
 from vcproxy.ops import logs, metrics
+from vcproxy.ops.stopping import heeded
 
 SLICE_SECONDS = 0.004
 """How long a feed works before it lets other tasks run."""
@@ -102,9 +103,7 @@ class Feed:
         while True:
             began, relist = time.monotonic(), False
             try:
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(self.source.run(self.take))
-                    group.create_task(self._compile())
+                await heeded(self._follow())
             except* _Relist:
                 relist = True
             except* Exception as errors:
@@ -119,6 +118,11 @@ class Feed:
             await asyncio.sleep(self._backoff.next())
             self._begin()
             self._store.set_stale(self.tenant.uid, None)
+
+    async def _follow(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.source.run(self.take))
+            group.create_task(self._compile())
 
     def take(self, kind: Kind, event: Event[Any]) -> None:
         """One event of the input: remembered at once, compiled soon."""

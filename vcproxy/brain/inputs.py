@@ -22,6 +22,7 @@ from vcproxy.kube.errors import ApiError
 from vcproxy.kube.kubeconfig import Credentials
 from vcproxy.kube.lines import Line
 from vcproxy.kube.reflector import Event, Reflector, Timing
+from vcproxy.ops.stopping import heeded
 
 T = TypeVar("T", bound=HasKey)
 
@@ -137,15 +138,18 @@ class ApiInput:
                 self._moved.clear()
                 self._reflectors = tuple(self._reflector(resource, sink) for resource in self._resources)
                 try:
-                    async with asyncio.TaskGroup() as group:
-                        for reflector in self._reflectors:
-                            group.create_task(reflector.run())
-                        await self._moved.wait()
-                        raise _Moved
+                    await heeded(self._reflect())
                 except* _Moved:
                     pass
         finally:
             await self._client.close()
+
+    async def _reflect(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for reflector in self._reflectors:
+                group.create_task(reflector.run())
+            await self._moved.wait()
+            raise _Moved
 
     def _reflector(self, resource: Resource[Any], sink: ObjectSink) -> Reflector[Any]:
         kind = cast("Kind", resource.kind)

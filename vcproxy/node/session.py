@@ -25,7 +25,7 @@ from vcproxy.backend.protocol import Rejection
 from vcproxy.node.holdings import Disconnected, Holdings, SessionEvent
 from vcproxy.node.outbox import Outbox
 from vcproxy.node.receiver import ProtocolError, Receiver
-from vcproxy.ops import logs
+from vcproxy.ops import logs, stopping
 
 METHOD = "/vcproxy.v1.Distribution/Watch"
 VERSION = importlib.metadata.version("vcproxy")
@@ -116,7 +116,7 @@ class Session:
             address = self._brains[attempt % len(self._brains)]
             began = self._clock()
             try:
-                await self._stream(address)
+                await stopping.heeded(self._stream(address))
             except* StreamEnded as group:
                 reason = str(_first(group))
             _log.info("no stream", brain=address, reason=reason)

@@ -7,7 +7,9 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class _Stopped(Exception):
@@ -40,6 +42,24 @@ async def until_stopped(serve: Callable[[], Coroutine[Any, Any, None]], stop: as
                 group.create_task(serve())
         except* _Stopped:
             pass
+
+
+async def heeded(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, which has a TaskGroup whose failure its caller survives, and never lose a cancellation in it.
+
+    A group that waits for its tasks because one of them, or its body, has failed drops a cancellation that comes just
+    then, and raises the failure alone (CPython before 3.13). The caller would catch that and go on, deaf to SIGTERM. In
+    its own task the group may confuse its own count of cancellations, and only real ones are counted here.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    try:
+        return await asyncio.get_running_loop().create_task(work)
+    except BaseException:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError from None
+        raise
 
 
 async def _end(stop: asyncio.Event) -> None:

@@ -33,6 +33,7 @@ from vcproxy.kube.errors import ApiError, Forbidden, KubeconfigError, NotFound, 
 from vcproxy.kube.kubeconfig import Credentials, load_kubeconfig
 from vcproxy.kube.reflector import Broken, Event, Listed, Recovered, Timing
 from vcproxy.ops import logs
+from vcproxy.ops.stopping import heeded
 
 T = TypeVar("T", bound=HasKey)
 V = TypeVar("V")
@@ -107,16 +108,19 @@ class HostedTenants(Generic[T]):
             objects = await self._served()
             self._lost.clear()
             try:
-                async with asyncio.TaskGroup() as group:
-                    self._group = group
-                    self._follow(group, objects)
-                    await self._lost.wait()
-                    raise _Lost
+                await heeded(self._until_lost(objects))
             except* _Lost:
                 pass
             finally:
                 self._group = None
                 self._single.clear()
+
+    async def _until_lost(self, objects: Resource[T]) -> None:
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            self._follow(group, objects)
+            await self._lost.wait()
+            raise _Lost
 
     def _follow(self, group: asyncio.TaskGroup, objects: Resource[T]) -> None:
         self._broken.clear()
