@@ -210,7 +210,9 @@ def _family_chains(f: int) -> str:
         + _chain(
             f"masquerade_cluster_ip{f}",
             "meta nfproto @masquerade_all goto masquerade_now",
-            f"meta nfproto @masquerade_nonlocal ct zone 0 ct zone . {ip} saddr != @local_sources{f} jump nonlocal",
+            # The family is said once more: nft 1.1 believes that a look-up of it says that it is none.
+            f"meta nfproto @masquerade_nonlocal meta nfproto ipv{f} ct zone 0"
+            f" ct zone . {ip} saddr != @local_sources{f} jump nonlocal",
         )
         + "".join(_protocol_chains(p, f) for p in PROTOCOLS)
         + _chain(
