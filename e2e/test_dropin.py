@@ -399,22 +399,24 @@ def test_local_clients_are_kube_proxys(scene: Scene, detector: str, control_plan
 
 
 @pytest.mark.parametrize(
-    ("mode", "runs"),
+    ("mode", "runs", "by"),
     [
-        ("nftables", True),
-        ("nftables", False),
-        ("iptables", True),
+        ("nftables", True, ()),
+        ("nftables", False, ()),
+        ("iptables", True, ()),
+        ("nftables", True, ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")),
     ],
-    ids=["nftables, still running", "nftables, stopped before", "iptables, still running"],
+    ids=["nftables, still running", "nftables, stopped before", "iptables, still running", "from another container"],
 )
 def test_no_connection_notices_that_vcproxy_takes_over(
-    scene: Scene, mode: str, runs: bool, control_plane_binaries: Path
+    scene: Scene, mode: str, runs: bool, by: Sequence[str], control_plane_binaries: Path
 ) -> None:
     # What the two modes accept NodePorts on, where nobody says it, differs.
     config = scene.config("both", mode=mode, conntrack=UNTOUCHED, nodePortAddresses=["192.168.77.0/24", "fd77::/64"])
     arguments = (f"--config={config}", "--hostname-override=n1")
-    old = scene.process(f"kube-proxy-{mode}-{runs}", str(control_plane_binaries / "kube-proxy"), *arguments)
-    new = scene.vcproxy(f"takeover-{mode}-{runs}", *arguments, "--take-over")
+    name = f"{mode}-{runs}-{len(by)}"
+    old = scene.process(f"kube-proxy-{name}", str(control_plane_binaries / "kube-proxy"), *arguments)
+    new = scene.vcproxy(f"takeover-{name}", *arguments, "--take-over", by=by)
     node_ports = [
         ("tcp", scene.node.ip4, NODE_PORT),
         ("tcp", scene.node.ip6, NODE_PORT),
@@ -446,7 +448,7 @@ def test_no_connection_notices_that_vcproxy_takes_over(
         if runs:
             said = "waiting for kube-proxy to end before its rules are removed"
             eventually(lambda: said in new.log.read_text(), within=40, what="vcproxy waits")
-            assert f"pid={old.pid}" in new.log.read_text()
+            assert ("it_listens_on=" if by else f"pid={old.pid}") in new.log.read_text()
             assert "table inet vcproxy" in scene.tables()
             assert scene.leftovers().rules
             assert old.running, "a kube-proxy is not ours to end"

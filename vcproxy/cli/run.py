@@ -257,7 +257,7 @@ async def _both(
                 group.create_task(Brain(brain).run(stop))
                 group.create_task(agent.run(stop))
                 if take_over:
-                    group.create_task(takeover.take_over(lambda: agent.has_programmed(SUPER_UID)))
+                    group.create_task(takeover.take_over(lambda: agent.has_programmed(SUPER_UID), agent.not_served))
                 if file is not None:
                     group.create_task(_until_changed(file))
 

@@ -7,7 +7,7 @@ it is named, and waited for.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from vcproxy.kubeproxy import leftovers
@@ -43,17 +43,27 @@ def warn(found: Leftovers, *, taking_over: bool) -> None:
         log.warning("cannot tell whether kube-proxy left something", why=reason)
 
 
-async def take_over(complete: Callable[[], bool], rivals: Rivals | None = None) -> None:
-    """Remove what kube-proxy left as soon as `complete` and no kube-proxy runs; what stays is tried again."""
+async def take_over(
+    complete: Callable[[], bool], not_served: Callable[[], Collection[str]], rivals: Rivals | None = None
+) -> None:
+    """Remove what kube-proxy left as soon as `complete` and no kube-proxy runs; what stays is tried again.
+
+    A kube-proxy in a container of its own is not seen from another; but it has the node's network, and so the addresses
+    that would be ours: `not_served` tells which ones somebody else has.
+    """
     rivals = rivals or Rivals()
-    awaited: frozenset[int] = frozenset()
+    awaited: frozenset[int | str] = frozenset()
     while True:
         pause = POLL_SECONDS
         if complete():
             # Processes first: they are cheap to look for, and rules may be very many.
-            running = await asyncio.to_thread(lambda: frozenset(process.pid for process in rivals.running()))
-            for pid in running - awaited:
-                log.warning("waiting for kube-proxy to end before its rules are removed: stop it", pid=pid)
+            running: frozenset[int | str] = await asyncio.to_thread(
+                lambda: frozenset(process.pid for process in rivals.running())
+            )
+            running |= frozenset(not_served())
+            for it in running - awaited:
+                told = {"pid": it} if isinstance(it, int) else {"it_listens_on": it}
+                log.warning("waiting for kube-proxy to end before its rules are removed: stop it", **told)
             awaited = running
             if not running:
                 try:

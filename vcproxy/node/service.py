@@ -9,7 +9,7 @@ keeps forwarding.
 import asyncio
 import contextlib
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -67,6 +67,7 @@ class NodeAgent:
                 raise ConfigError(f"attachments[{at}]: set exactly one of interface and address")
         if not config.brain.addresses:
             raise ConfigError("brain.addresses: name at least one host:port of the brain")
+        self._not_served: set[str] = set()
         self._session = Session(
             node=self.node,
             brains=config.brain.addresses,
@@ -109,6 +110,7 @@ class NodeAgent:
         async with contextlib.AsyncExitStack() as stack:
             proxymetrics.begin()
             late = [served for served in self._served() if not await served.begin(stack)]
+            self._not_served = {served.address for served in late}
             stack.push_async_callback(self._cache.flush)
             stack.push_async_callback(self._agent.close)
             stack.enter_context(LinkMonitor(self._agent.see_links))
@@ -130,7 +132,7 @@ class NodeAgent:
                 group.create_task(self._session.run())
                 group.create_task(self._localhost.run())
                 for served in late:
-                    group.create_task(served.begin_later())
+                    group.create_task(served.begin_later(self._not_served))
 
     def _served(self) -> "tuple[_Served, ...]":
         config = self._config
@@ -146,6 +148,10 @@ class NodeAgent:
         """True once this run has programmed all of a tenant."""
         state = self._agent.progress.tenants.get(uid)
         return state is not None and state.revision is not None
+
+    def not_served(self) -> Collection[str]:
+        """Addresses of its own that somebody else has."""
+        return self._not_served
 
     def _not_listening(self, service: ServiceId, port: int, reason: str) -> None:
         """Nobody listens on a health-check node port: tell the super cluster of its own Services."""
@@ -220,11 +226,12 @@ class _Served(NamedTuple):
             return False
         return True
 
-    async def begin_later(self) -> NoReturn:
-        """Serve as soon as it can be, for ever."""
+    async def begin_later(self, waiting: set[str]) -> NoReturn:
+        """Serve as soon as it can be, for ever; then the address leaves `waiting`."""
         while True:
             await asyncio.sleep(BIND_AGAIN)
             with contextlib.suppress(OSError):
                 async with metrics.serve(self.address, self.handlers):
                     log.info("serving now", field=self.field, address=self.address)
+                    waiting.discard(self.address)
                     await asyncio.Event().wait()

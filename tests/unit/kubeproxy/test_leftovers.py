@@ -199,9 +199,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_taking_over_waits_for_the_table_then_for_kube_proxy_then_removes(impatient: None) -> None:
-    """The order is all there is to it: complete, no process, found and removed; and again where that fails."""
+    """The order is all there is to it: complete, no process, no listener, found and removed; again where that fails."""
     story = iter([False, False, *[True] * 20])
-    running = iter([[Process(7, "kube-proxy")]] * 3 + [[]] * 3)
+    running = iter([[Process(7, "kube-proxy")]] * 2 + [[]] * 4)
+    taken = iter([["127.0.0.1:10249"]] * 3 + [[]] * 3)
     did: list[str] = []
 
     def said(what: str) -> None:
@@ -224,6 +225,6 @@ async def test_taking_over_waits_for_the_table_then_for_kube_proxy_then_removes(
         if did.count("remove") == 1:
             raise LeftoverError("busy")
 
-    await takeover.take_over(complete, Rivals(look, find, remove))
+    await takeover.take_over(complete, lambda: next(taken), Rivals(look, find, remove))
     again = ["complete?", "running?"]
     assert did == ["complete?"] * 2 + again * 4 + ["find", "remove", *again, "find", "remove"]
