@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := .cache/packages
+CLUSTER := .cache/cluster-packages
 
-.PHONY: demo test unit packets e2e conformance conformance-docs lint bench protos lock clean
+.PHONY: demo test unit packets e2e conformance conformance-docs upstream lint bench protos lock clean
 
 demo: $(READY) $(PACKAGES)
 	$(BIN)/vcproxy demo $(ARGS)
@@ -20,8 +21,9 @@ unit: $(READY) $(PACKAGES)
 packets: $(READY) $(PACKAGES)
 	$(BIN)/pytest -q -n 2 --dist loadfile tests/packets
 
-e2e: $(READY) $(PACKAGES)
+e2e: $(READY) $(PACKAGES) $(CLUSTER)
 	e2e/tools/build
+	$(BIN)/python -m e2e.cluster build
 	$(BIN)/pytest -q e2e
 
 # vcproxy beside the real kube-proxy, case by case; the documents about it are written anew.
@@ -31,6 +33,11 @@ conformance: $(READY) $(PACKAGES)
 
 conformance-docs: $(READY)
 	$(BIN)/python -m tests.conformance.report
+
+# Kubernetes' own tests on a real cluster, with vcproxy and with kube-proxy; the document about it is written anew. 40 minutes.
+upstream: $(READY) $(PACKAGES) $(CLUSTER)
+	@$(BIN)/python -m e2e.cluster build
+	@$(BIN)/python -m e2e.cluster test --write $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -58,6 +65,10 @@ $(READY): requirements-dev.lock pyproject.toml tools/setup
 # Distribution packages, installed only where missing.
 $(PACKAGES): tools/setup
 	tools/setup packages
+	@mkdir -p $(dir $@) && touch $@
+
+$(CLUSTER): tools/setup
+	tools/setup packages cluster
 	@mkdir -p $(dir $@) && touch $@
 
 clean:

@@ -26,6 +26,8 @@ from typing import Any
 
 import yaml
 
+from vcproxy.lab import netns
+
 Object = dict[str, Any]
 
 
@@ -103,13 +105,16 @@ class ApiError(Exception):
 
 class ApiClient:
     """A client for one API server. A server that does not answer raises TimeoutError after `timeout` seconds, one that
-    is gone ConnectionError, one that refuses ApiError."""
+    is gone ConnectionError, one that refuses ApiError.
 
-    def __init__(self, kubeconfig: Path, *, timeout: float = 10.0) -> None:
+    ns: the network namespace where the server's address means something (`vcproxy.lab.netns`); default: this one.
+    """
+
+    def __init__(self, kubeconfig: Path, *, timeout: float = 10.0, ns: str | None = None) -> None:
         config = yaml.safe_load(kubeconfig.read_text())
         cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
         url = urllib.parse.urlsplit(cluster["server"])
-        self._host, self._port, self._timeout = url.hostname or "", url.port or 443, timeout
+        self._host, self._port, self._timeout, self._ns = url.hostname or "", url.port or 443, timeout, ns
         self.tls = _tls(
             base64.b64decode(cluster["certificate-authority-data"]),
             base64.b64decode(user["client-certificate-data"]),
@@ -212,6 +217,8 @@ class ApiClient:
             connection.close()
         else:
             connection = http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout, context=self.tls)
+            with netns.entered(self._ns) if self._ns else contextlib.nullcontext():
+                connection.connect()
         try:
             yield connection
         except BaseException:
