@@ -18,7 +18,7 @@ from vcproxy.lab.dial import Place
 from vcproxy.lab.iproute import ip
 
 TARGETS = (8080, 8081, 8082)
-"""What every endpoint listens on, TCP and UDP."""
+"""What every endpoint listens on."""
 BEYOND = (*PUBLIC_CIDRS, *EXTRA_CIDRS, *LITERAL_CIDRS)
 """Addresses that nobody has."""
 
@@ -47,7 +47,7 @@ class Ground:
             lab.route(self.nodes["there"], f"{client.ip4}/32", via=self.here)
             lab.route(self.nodes["there"], f"{client.ip6}/128", via=self.here)
         self._end(lab.client("beyond", "192.168.77.202", "fd77::202"))
-        lab.serve(self.here, tcp=TARGETS, udp=TARGETS)
+        lab.serve(self.here, tcp=TARGETS, udp=TARGETS, sctp=TARGETS)
 
     def _end(self, beyond: Client) -> None:
         netns.sysctl(beyond.ns, wiring.ROUTER_SYSCTLS)
@@ -69,7 +69,7 @@ class Ground:
 
     def listen_behind(self, ports: Sequence[int]) -> None:
         """Answer on all of the node's addresses at these ports, which only packets reach that no proxy has touched."""
-        self.lab.serve(self.here, tcp=ports, udp=ports, addresses=self._own)
+        self.lab.serve(self.here, tcp=ports, udp=ports, sctp=ports, addresses=self._own)
 
     def hold(self, addresses: Sequence[str]) -> None:
         """Put load-balancer addresses on the loopback device, as load balancers on the node do. With scope host: the
@@ -110,7 +110,7 @@ class Ground:
 
     def _add(self, tenant: str, pods: Mapping[str, Pod]) -> None:
         for role, pod in pods.items():
-            self.lab.serve(pod, tcp=TARGETS, udp=TARGETS)
+            self.lab.serve(pod, tcp=TARGETS, udp=TARGETS, sctp=TARGETS)
             self._pods[tenant, role] = pod
         self.casts[tenant] = cast_of({role: {4: pod.ip4, 6: pod.ip6} for role, pod in pods.items()})
         for ip_family in FAMILIES:

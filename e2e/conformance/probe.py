@@ -29,7 +29,7 @@ from tests.conformance.model import (
     Verdict,
 )
 from tests.conformance.objects import Plan, dialled
-from vcproxy.lab import Outcome, Refused, TimedOut, Unreachable, netns, tcp_request, udp_request
+from vcproxy.lab import Outcome, Refused, TimedOut, Unreachable, netns, sctp_request, tcp_request, udp_request
 from vcproxy.lab.dial import Place
 
 PATIENCE, IMPATIENCE = 3.0, 0.4
@@ -119,6 +119,8 @@ class Prober:
         address, port, protocol = target
         if protocol == "TCP":
             outcome = tcp_request(self._place, address, port, timeout=timeout)
+        elif protocol == "SCTP":
+            outcome = sctp_request(self._place, address, port, timeout=timeout, source_port=next(_SOURCE_PORTS))
         else:
             outcome = self._ask(address, port, timeout)
         if protocol == "UDP" and outcome == Unreachable("EPERM"):

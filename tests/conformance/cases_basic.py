@@ -6,7 +6,6 @@ from tests.conformance.model import (
     CLUSTER_IP,
     DROP,
     EXTERNAL_IP,
-    INTERPRETER,
     LOAD_BALANCER,
     MASQUERADES,
     NODE_PORT,
@@ -104,17 +103,6 @@ CLUSTER_IPS = [
         Flow("client", Target("ClusterIP", 443), REJECT),
         Flow("client", Target("ClusterIP", 80, "other"), to("local-2")),
         Flow("client", Target("ClusterIP", 443, "other"), to("local-2:8081")),
-    ),
-    scenario(
-        "ClusterIPGeneral",
-        "SCTP",
-        Service((BOTH,), ports=(Port(53, 8082, "dns", ("SCTP",)), port(80, 8080))),
-        Flow("client", Target("ClusterIP", 53), to("local-1:8082", "remote-1:8082")),
-        Flow("outside", Target("ClusterIP", 53), masqueraded("local-1:8082", "remote-1:8082")),
-        Flow("client", Target("ClusterIP", 80), REJECT),
-        protocols=("SCTP",),
-        columns=(INTERPRETER,),
-        why="this kernel has no SCTP sockets",
     ),
 ]
 

@@ -14,6 +14,7 @@ from tests.conformance.model import (
     LOAD_BALANCER,
     NODE,
     NODE_PORT,
+    PROTOCOLS,
     REJECT,
     SUPER,
     UNTOUCHED,
@@ -32,8 +33,15 @@ from tests.conformance.model import (
 from tests.conformance.objects import port
 
 _REFUSED = "an API server refuses such objects"
+
 _OLD = {"columns": (INTERPRETER,), "why": _REFUSED}
 PROXY_NAME, HEADLESS = "service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"
+
+
+def _http(number: int | None, name: str = "http") -> tuple[tuple[str, str, int | None], ...]:
+    """Ports of a slice for a `port` of a Service, on another number."""
+    return tuple((f"{name}-{protocol.lower()}", protocol, number) for protocol in PROTOCOLS)
+
 
 LABELS = [
     scenario(
@@ -235,7 +243,7 @@ SLICES = [
     scenario(
         "EndpointSlices",
         "one pod on two ports",
-        Service((HERE, Slice((Endpoint("local-1"),), ports=(("http-tcp", "TCP", 8081), ("http-udp", "UDP", 8081))))),
+        Service((HERE, Slice((Endpoint("local-1"),), ports=_http(8081)))),
         Flow("client", CLUSTER_IP, to("local-1", "local-1:8081")),
         Flow("local-1", CLUSTER_IP, masqueraded("local-1", "local-1:8081")),
     ),
@@ -243,7 +251,7 @@ SLICES = [
         "EndpointSlices",
         "ports are matched by name",
         Service(
-            (Slice(BOTH.endpoints, ports=(("p80-tcp", "TCP", 8082), ("p80-udp", "UDP", 8082), ("other", "TCP", 8081))),),
+            (Slice(BOTH.endpoints, ports=(*_http(8082, "p80"), ("other", "TCP", 8081))),),
             ports=(port(80, 8080), port(81, 8081)),
         ),
         Flow("client", Target("ClusterIP", 80), to("local-1:8082", "remote-1:8082")),
@@ -265,7 +273,7 @@ SLICES = [
     scenario(
         "EndpointSlices",
         "a port without a number",
-        Service((Slice((Endpoint("local-1"),), ports=(("http-tcp", "TCP", None), ("http-udp", "UDP", None))), THERE)),
+        Service((Slice((Endpoint("local-1"),), ports=_http(None)), THERE)),
         Flow("client", CLUSTER_IP, to("remote-1")),
     ),
     scenario(

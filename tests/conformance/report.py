@@ -18,7 +18,7 @@ _INTRODUCTION = """\
 
 Made by `make conformance` from `tests/conformance`; a test fails if it is out of date.
 
-A case is one flow: a client, what it dials, IPv4 or IPv6, TCP or UDP, and what kube-proxy 1.37.2 does with it in nftables mode. Every case runs in all columns where it makes sense:
+A case is one flow: a client, what it dials, IPv4 or IPv6, TCP, UDP or SCTP, and what kube-proxy 1.37.2 does with it in nftables mode. Every case runs in all columns where it makes sense:
 
 | column | what |
 |---|---|
@@ -30,7 +30,8 @@ A case is one flow: a client, what it dials, IPv4 or IPv6, TCP or UDP, and what 
 So a wrong expectation fails in kube-proxy's column, and a wrong vcproxy in the others. Deliberate differences: [kube-proxy-differences.md](kube-proxy-differences.md).
 
 `client`, `local-1`, `local-2` are pods on the tested node; `visitor`, `remote-1` to `remote-3` on another; `node` is the tested node itself; `outside` and `blocked` are no nodes, and load-balancer source ranges leave the latter out.
-An answer is the endpoints that a client may get (port 8080 where none is said), with whether they see the node's address instead of the client's. *untouched*: goes on as if there were no proxy. "goes on to": a connection (UDP: a source port) that is held over all steps.
+An answer is the endpoints that a client may get (port 8080 where none is said), with whether they see the node's address instead of the client's. *untouched*: goes on as if there were no proxy. "goes on to": a connection (UDP: a source port) that is held over all steps. SCTP is spoken over raw sockets, INIT and INIT ACK, so that
+the kernel needs to translate it and no more; nothing of it is held.
 
 Configurations, of proxy and node:
 """

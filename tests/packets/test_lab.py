@@ -36,6 +36,7 @@ from vcproxy.lab import (
     Unreachable,
     netns,
     require_root,
+    sctp_request,
     tcp_request,
     udp_request,
 )
@@ -303,6 +304,24 @@ def test_serving_stops_and_starts(site: Site) -> None:
     site.lab.serve(pod, tcp=[8080], udp=[8080])
     assert answered_by(tcp_request(client, pod.ip6, 8080)) == pod.name
     assert answered_by(udp_request(client, pod.ip4, 8080)) == pod.name
+
+
+def test_sctp_tells_who_answers_who_refuses_and_who_is_silent(site: Site) -> None:
+    client, pod, far = (site.pods[f"acme/{name}"] for name in ("client", "near", "far"))
+    site.lab.serve(pod, sctp=[9100])
+    for source_port, address in ((41001, pod.ip4), (41002, pod.ip6)):
+        found = sctp_request(client, address, 9100, source_port=source_port)
+        assert isinstance(found, Reply)
+        assert (found.pod, found.local) == (pod.name, (address, 9100))
+        assert found.peer == found.source == (client.ip6 if ":" in address else client.ip4, source_port)
+        assert sctp_request(client, address, 9101, timeout=0.2, source_port=source_port) == TimedOut()
+    reject = "table inet r { chain in { type filter hook input priority 0; meta l4proto sctp reject; }; }"
+    netns.run(far.ns, ["nft", reject])
+    try:
+        for source_port, address in ((41003, far.ip4), (41004, far.ip6)):
+            assert sctp_request(client, address, 9100, source_port=source_port) == Refused()
+    finally:
+        netns.run(far.ns, ["nft", "delete table inet r"])
 
 
 def test_source_port_is_free_again_at_once(site: Site) -> None:

@@ -17,6 +17,7 @@ from vcproxy.lab.dial import (
     TimedOut,
     Unreachable,
     http_get,
+    sctp_request,
     tcp_request,
     udp_request,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Unreachable",
     "http_get",
     "require_root",
+    "sctp_request",
     "tcp_request",
     "udp_request",
 ]

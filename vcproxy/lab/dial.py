@@ -1,8 +1,8 @@
 """Clients: dial from any place of the lab and say what happened, as data.
 
-`tcp_request` and `udp_request` return an outcome and never raise for what a network does: that a tenant is refused is a
-result that tests compare and the demo prints. `TcpSession` is a connection to hold on to. Sockets are made in the
-place's namespace and used from here; no process is started, and calls may run in threads side by side.
+`tcp_request`, `udp_request` and `sctp_request` return an outcome and never raise for what a network does: that a tenant
+is refused is a result that tests compare and the demo prints. `TcpSession` is a connection to hold on to. Sockets are
+made in the place's namespace and used from here; no process is started, and calls may run in threads side by side.
 
 Connections end with a reset (SO_LINGER 0), so no TIME_WAIT keeps a source port: the next call may take the same port at
 once.
@@ -14,16 +14,18 @@ import errno
 import http.client
 import json
 import os
+import random
 import select
 import socket
 import struct
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
-from vcproxy.lab import netns
+from vcproxy.lab import netns, sctp
 
 _RECVERR = {
     socket.AF_INET: (socket.IPPROTO_IP, 11),
@@ -199,6 +201,51 @@ def udp_request(
             return _failure(error)
 
 
+def sctp_request(place: Place, dst: str, port: int, *, source_port: int, timeout: float = 2.0) -> Outcome:
+    """Ask for an association, and give it up when somebody agrees (see `sctp`). `source_port` must be the caller's own:
+    no socket holds it.
+    """
+    family = socket.AF_INET6 if ":" in dst else socket.AF_INET
+    with netns.socket_in(place.ns, family, socket.SOCK_RAW, sctp.PROTOCOL) as sock:
+        started = time.perf_counter()
+        deadline = started + timeout
+        mine = random.getrandbits(32) | 1
+        try:
+            sock.connect((dst, 0))
+            sock.setsockopt(*_RECVERR[sock.family], 1)
+            with suppress(PermissionError):  # a host's own rule rejects; what it answers is told to the socket
+                sock.send(sctp.Packet(source_port, port, 0, sctp.INIT, mine).octets())
+            while (left := deadline - time.perf_counter()) > 0:
+                sock.settimeout(left)
+                try:
+                    octets = sock.recv(65536)
+                except OSError as error:
+                    if error.errno is None or _concerns(sock, source_port):
+                        return _failure(error)
+                    continue
+                answer = sctp.parse(octets if family == socket.AF_INET6 else sctp.payload(octets))
+                if answer and (answer.source, answer.destination, answer.tag) == (port, source_port, mine):
+                    if answer.chunk != sctp.INIT_ACK:
+                        return Refused()
+                    sock.send(sctp.Packet(source_port, port, answer.initiate, sctp.ABORT).octets())
+                    return _told(answer.cookie, (sock.getsockname()[0], source_port), started)
+        except OSError as error:
+            return _failure(error)
+    return TimedOut()
+
+
+def _concerns(sock: socket.socket, source_port: int) -> bool:
+    """Whether an error is about a packet from this port: the kernel tells all raw sockets of an address (raw_err)."""
+    about = False
+    sock.setblocking(False)
+    while True:
+        try:
+            packet, _, _, _ = sock.recvmsg(65536, 0, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return about
+        about |= packet[:2] == source_port.to_bytes(2, "big")
+
+
 def http_get(place: Place, dst: str, port: int, path: str = "/", *, timeout: float = 5.0) -> HttpReply | Failure:
     """One GET over a connection of its own."""
     with _socket(place, socket.SOCK_STREAM, dst, source_port=0, device=None, timeout=timeout) as sock:
@@ -253,12 +300,16 @@ def _connect(sock: socket.socket, dst: Address, timeout: float) -> None:
 
 
 def _reply(line: bytes, sock: socket.socket, started: float) -> Reply:
+    return _told(line, sock.getsockname()[:2], started)
+
+
+def _told(line: bytes, source: Address, started: float) -> Reply:
     answer = json.loads(line)
     return Reply(
         pod=answer["pod"],
         peer=tuple(answer["peer"]),
         local=tuple(answer["local"]),
-        source=sock.getsockname()[:2],
+        source=source,
         seconds=time.perf_counter() - started,
     )
 

@@ -102,10 +102,10 @@ def entered(ns: str) -> Iterator[None]:
         os.close(home)
 
 
-def socket_in(ns: str, family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
+def socket_in(ns: str, family: socket.AddressFamily, kind: socket.SocketKind, protocol: int = 0) -> socket.socket:
     """A new socket that lives in the namespace, whichever thread uses it later."""
     with entered(ns):
-        return socket.socket(family, kind)
+        return socket.socket(family, kind, protocol)
 
 
 def sysctl(ns: str, settings: Mapping[str, int]) -> None:

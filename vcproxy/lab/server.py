@@ -5,12 +5,12 @@ binds them in the pods' namespaces, so a port that cannot be had is the parent's
 moment it was asked for, and this process needs no rights. It ends when the parent's end of the control socket closes,
 however that came about; so it never outlives a killed test.
 
-Control messages are single packets of JSON: {"serve": NAME} with sockets, {"stop": NAME}; each is answered with {} when
-done.
+Control messages are single packets of JSON: {"serve": NAME} with sockets, for raw ones with "sctp": [PORT, ...], and
+{"stop": NAME}; each is answered with {} when done.
 
 What a client sees: TCP sends one line of JSON on connect, {"pod": NAME, "peer": [ip, port], "local": [ip, port]}: who
 answers, and what connection it sees on its side of all translation. Then each line received comes back as "NAME line".
-UDP answers each datagram with the line of JSON.
+UDP answers each datagram with the line of JSON, SCTP each INIT (see `sctp`; its sockets are raw, one for each address).
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ import selectors
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vcproxy.lab import sctp
+else:  # as a script without a search path (python -I)
+    sys.path.append(str(Path(__file__).parent))
+    import sctp
 
 MAX_SOCKETS = 250  # in one control message; the kernel's limit is 253 (SCM_MAX_FD)
 _CHUNK = 65536
@@ -35,9 +42,12 @@ class Pod:
         self.selector = selector
         self._sockets: set[socket.socket] = set()
 
-    def listen(self, sock: socket.socket) -> None:
-        serve = self._accept if sock.type == socket.SOCK_STREAM else self._answer
-        self.watch(sock, lambda _: serve(sock))
+    def listen(self, sock: socket.socket, sctp_ports: set[int]) -> None:
+        if sock.type == socket.SOCK_RAW:
+            self.watch(sock, lambda _: self._associate(sock, sctp_ports))
+        else:
+            serve = self._accept if sock.type == socket.SOCK_STREAM else self._answer
+            self.watch(sock, lambda _: serve(sock))
 
     def stop(self) -> None:
         for sock in list(self._sockets):
@@ -57,6 +67,18 @@ class Pod:
         try:
             _, peer = sock.recvfrom(_CHUNK)
             sock.sendto(self._line(peer, sock.getsockname()), peer)
+        except OSError:  # an ICMP error about an earlier answer: its client has gone
+            pass
+
+    def _associate(self, sock: socket.socket, ports: set[int]) -> None:
+        try:
+            octets, peer = sock.recvfrom(_CHUNK)
+            asked = sctp.parse(octets if sock.family == socket.AF_INET6 else sctp.payload(octets))
+            if asked is None or asked.chunk != sctp.INIT or asked.destination not in ports:
+                return
+            line = self._line((peer[0], asked.source), (sock.getsockname()[0], asked.destination))
+            answer = sctp.Packet(asked.destination, asked.source, asked.initiate, sctp.INIT_ACK, 1, line)
+            sock.sendto(answer.octets(), (peer[0], 0))
         except OSError:  # an ICMP error about an earlier answer: its client has gone
             pass
 
@@ -119,11 +141,12 @@ def main() -> None:
             message, descriptors, _flags, _address = socket.recv_fds(control, _CHUNK, MAX_SOCKETS)
             if not message:
                 sys.exit()
-            match json.loads(message):
+            order: dict[str, Any] = json.loads(message)
+            match order:
                 case {"serve": name}:
                     pod = pods.setdefault(name, Pod(name, selector))
                     for descriptor in descriptors:
-                        pod.listen(socket.socket(fileno=descriptor))
+                        pod.listen(socket.socket(fileno=descriptor), set(order.get("sctp", ())))
                 case {"stop": name}:
                     pods.pop(name).stop()
             control.send(b"{}")

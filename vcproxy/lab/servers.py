@@ -8,12 +8,14 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from vcproxy.lab import netns
 from vcproxy.lab.errors import LabError
+from vcproxy.lab.sctp import PROTOCOL
 from vcproxy.lab.server import MAX_SOCKETS
 
 _SCRIPT = Path(__file__).with_name("server.py")
@@ -30,19 +32,31 @@ class Servers:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
-    def serve(self, name: str, *, ns: str, addresses: Iterable[str], tcp: Iterable[int], udp: Iterable[int]) -> None:
+    def serve(
+        self,
+        name: str,
+        *,
+        ns: str,
+        addresses: Iterable[str],
+        tcp: Iterable[int] = (),
+        udp: Iterable[int] = (),
+        sctp: Iterable[int] = (),
+    ) -> None:
         """Open the ports on the addresses in the namespace, answering as `name`. They are open when this returns.
 
         Raises `LabError` naming the port, when it is taken or the namespace has no such address; then none of them is
         open.
         """
+        sctp_ports = list(sctp)
         wanted = [(socket.SOCK_STREAM, port) for port in tcp] + [(socket.SOCK_DGRAM, port) for port in udp]
+        if sctp_ports:
+            wanted.append((socket.SOCK_RAW, PROTOCOL))
         sockets: list[socket.socket] = []
         try:
             for address in addresses:
                 sockets += (_listening(ns, address, kind, port) for kind, port in wanted)
             for start in range(0, len(sockets), MAX_SOCKETS):
-                self._command({"serve": name}, sockets[start : start + MAX_SOCKETS])
+                self._command({"serve": name, "sctp": sctp_ports}, sockets[start : start + MAX_SOCKETS])
         finally:
             for sock in sockets:
                 sock.close()
@@ -71,7 +85,7 @@ class Servers:
     ) -> None:
         self.close()
 
-    def _command(self, message: dict[str, str], sockets: list[socket.socket]) -> None:
+    def _command(self, message: Mapping[str, Any], sockets: list[socket.socket]) -> None:
         control = self._control or self._start()
         try:
             socket.send_fds(control, [json.dumps(message).encode()], [sock.fileno() for sock in sockets])
@@ -96,16 +110,14 @@ class Servers:
 
 def _listening(ns: str, address: str, kind: socket.SocketKind, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    sock = netns.socket_in(ns, family, kind)
+    sock = netns.socket_in(ns, family, kind, port if kind == socket.SOCK_RAW else 0)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == socket.SOCK_STREAM)
-        sock.bind((address, port))
+        sock.bind((address, 0 if kind == socket.SOCK_RAW else port))
         if kind == socket.SOCK_STREAM:
             sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
-        protocol = "tcp" if kind == socket.SOCK_STREAM else "udp"
-        raise LabError(
-            f"cannot serve {protocol} port {port} of {address} in namespace {ns}: {error.strerror}"
-        ) from error
+        what = {socket.SOCK_STREAM: f"tcp port {port}", socket.SOCK_DGRAM: f"udp port {port}"}.get(kind, "sctp")
+        raise LabError(f"cannot serve {what} of {address} in namespace {ns}: {error.strerror}") from error
     return sock

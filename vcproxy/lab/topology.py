@@ -264,13 +264,14 @@ class Lab:
         *,
         tcp: Iterable[int] = (),
         udp: Iterable[int] = (),
+        sctp: Iterable[int] = (),
         addresses: Iterable[str] = (),
     ) -> None:
         """Answer on these ports of the place's addresses with its name (see `server`). The ports are open when this
         returns. `addresses`: others that the place was given, in place of its own.
         """
         held = tuple(addresses) or (place.ip4, place.ip6)
-        self._servers.serve(place.name, ns=place.ns, addresses=held, tcp=tcp, udp=udp)
+        self._servers.serve(place.name, ns=place.ns, addresses=held, tcp=tcp, udp=udp, sctp=sctp)
 
     def stop_serving(self, place: Node | Pod | Client) -> None:
         """Close all ports of the place, and the connections to them."""
