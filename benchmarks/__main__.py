@@ -6,9 +6,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import churn, datapath, end_to_end, pipeline
+from benchmarks import brain, churn, datapath, end_to_end, pipeline
 
-ALL = {"pipeline": pipeline.report, "end-to-end": end_to_end.report, "churn": churn.report, "datapath": datapath.report}
+ALL = {
+    "pipeline": pipeline.report,
+    "brain": brain.report,
+    "end-to-end": end_to_end.report,
+    "churn": churn.report,
+    "datapath": datapath.report,
+}
 
 
 def main() -> None:

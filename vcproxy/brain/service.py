@@ -11,6 +11,7 @@ at the end: streams close, nodes keep what they have.
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 from aiohttp import web
@@ -50,6 +51,8 @@ class Brain:
         self.placement = Placement(linger_seconds=config.tenants.linger_seconds)
         self.distributor = Distributor(store=self.store, placement=self.placement)
         self._super: SuperClusterFeed | None = None
+        self._began = time.monotonic()
+        self._loading: set[str] = set()  # tenants of the first load that are neither synced nor out of reach
         restricted = any(source.directory is None for source in config.tenants.sources)
         self._access = SuperAccess(config.super_cluster, guarded=restricted) if config.super_cluster else None
         self._vouched = Vouched()
@@ -136,8 +139,22 @@ class Brain:
     def _judge_ready(self) -> None:
         if (self._config.super_cluster is None or self._located) and self.tenants.complete and not self.placement.ready:
             self.placement.set_ready()
-            garbage.settled()
             _log.info("ready: every tenant is known, and where pods run", tenants=len(self.store.tenants()))
+            self._loading = {uid for uid in self._feeds() if self._awaited(uid)}
+            self._judge_loaded()
+
+    def _awaited(self, uid: str) -> bool:
+        """Whether a tenant is neither synced nor out of reach."""
+        stored = self.store.tenants().get(uid)
+        return stored is not None and not stored.synced and stored.stale_since is None
+
+    def _judge_loaded(self) -> None:
+        """Once no tenant of the first load is waited for any more."""
+        if not self._loading:
+            garbage.settled()
+            held = self.store.tenants().values()
+            seconds, synced = time.monotonic() - self._began, sum(stored.synced for stored in held)
+            _log.info("loaded", tenants=len(held), synced=synced, seconds=round(seconds, 3))
 
     async def _keep_time(self) -> None:
         while True:
@@ -153,6 +170,9 @@ class Brain:
         stored = self.store.tenants().get(uid)
         if stored is not None:
             metrics.STALE.labels(uid).set(stored.stale_since or 0)
+        if uid in self._loading and not self._awaited(uid):
+            self._loading.remove(uid)
+            self._judge_loaded()
 
     @contextlib.asynccontextmanager
     async def _serving_metrics(self) -> AsyncIterator[None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from tests.fakes.apiserver import FakeApiServer, Fault, fail
 from tests.unit.brain.polling import until
@@ -307,3 +308,18 @@ def test_a_configuration_that_cannot_be_used(tmp_path: Path) -> None:
 def test_a_super_cluster_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"superCluster: .*none"):
         Brain(configured(tmp_path, SuperCluster(kubeconfig=str(tmp_path / "none"))))
+
+
+async def test_the_first_load_ends_when_every_tenant_is_synced_or_out_of_reach(tmp_path: Path) -> None:
+    async with FakeApiServer() as well, FakeApiServer() as ill:
+        ill.faults.append(Fault(fail(500)))
+        publish(well, "web")
+        (tmp_path / "tenants").mkdir()
+        write(tmp_path / "tenants" / "well.kubeconfig", well.kubeconfig().decode())
+        write(tmp_path / "tenants" / "ill.kubeconfig", ill.kubeconfig().decode())
+        with structlog.testing.capture_logs() as logs:
+            async with running(tmp_path) as found:
+                await until(lambda: any(said["event"] == "loaded" for said in logs))
+                assert found.synced("dir-well") and not found.synced("dir-ill")
+    [said] = [said for said in logs if said["event"] == "loaded"]
+    assert (said["tenants"], said["synced"]) == (2, 1)

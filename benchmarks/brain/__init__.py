@@ -1,0 +1,253 @@
+"""The brain with a thousand tenants. `python -m benchmarks brain`; smaller: `python -m benchmarks.brain --tenants 100`.
+
+The brain is the program itself, configured as operators do. Its peers are processes beside it: the tenants' API servers
+(apiservers.py) and the nodes (nodes.py), both as cheap as could be, over real TCP, TLS and HTTP. Floors are measured in
+the same run. Processor times are the brain's own, to the nanosecond; memory is what the kernel says of the process.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.table import Table
+
+from benchmarks.brain.objects import Objects
+from benchmarks.brain.processes import Brain, Helper, Scene, cpu, name
+from benchmarks.pipeline import quantile
+from vcproxy.kube.decode import ENDPOINT_SLICES, SERVICES, decode_list
+
+
+class Scale(msgspec.Struct, frozen=True):
+    """How much: `runs` of the start, `seconds` of each load, `changes` told to all nodes."""
+
+    tenants: int = 1_000
+    services: int = 100
+    endpoints: int = 10
+    nodes: int = 1_000
+    runs: int = 3
+    seconds: float = 20.0
+    changes: int = 30
+
+    @property
+    def total(self) -> int:
+        """Endpoints of all tenants."""
+        return self.tenants * self.services * self.endpoints
+
+
+def report(show: Callable[[Any], None], scale: Scale | None = None) -> None:
+    """Run everything and show the tables."""
+    scale = scale or Scale()
+    with tempfile.TemporaryDirectory(prefix="vcproxy-bench-") as folder, ExitStack() as stack:
+        directory = Path(folder)
+        scene = Scene(directory, scale.tenants, scale.nodes)
+        servers = stack.enter_context(Helper("apiservers", directory, scale.tenants))
+        nodes = stack.enter_context(Helper("nodes", directory))
+        scene.enrol(servers.answer())
+        show(starts(scale, scene, servers, nodes, show))
+        show(fan_out(scale, scene, servers, nodes))
+
+
+# --- the start ------------------------------------------------------------------------------------------------------
+
+
+def starts(scale: Scale, scene: Scene, servers: Helper, nodes: Helper, show: Callable[[Any], None]) -> Table:
+    """How long until all tenants are synced, and what it takes; the last of the runs goes on under load."""
+    drawn = _table(
+        f"start: {scale.tenants:,} tenants of {scale.services} services x {scale.endpoints}",
+        ("", "wall", "brain CPU", "peak memory", "memory once settled"),
+    )
+    servers.ask("objects", 0, scale.endpoints)
+    empty: list[_Start] = []
+    with scene.brain(0) as brain:
+        idle = _started(brain)
+    with scene.brain(scale.tenants) as brain:
+        empty.append(_started(brain))
+    servers.ask("objects", scale.services, scale.endpoints)
+    full: list[_Start] = []
+    for turn in range(scale.runs):
+        with scene.brain(scale.tenants) as brain:
+            full.append(_started(brain))
+            if turn == scale.runs - 1:
+                loads = load(scale, brain, servers, nodes)
+    for what, runs in (("no tenant", [idle]), ("tenants that hold nothing", empty), ("all", full)):
+        drawn.add_row(what, *(_spread([run[at] for run in runs], unit) for at, unit in enumerate(_UNITS)))
+    floor = decoding(scale)
+    drawn.add_row("floor: msgspec decodes the same lists", "", _spread(floor, "s"), "", "")
+    memory = statistics.median(run.settled for run in full)
+    rows = (
+        ("a tenant's connections", "KiB a tenant", (empty[0].settled - idle.settled) / scale.tenants * 1024),
+        ("content", "B an endpoint", (memory - empty[0].settled) / scale.total * 2**20),
+        ("everything", "B an endpoint", memory / scale.total * 2**20),
+        ("everything, peak", "B an endpoint", statistics.median(run.peak for run in full) / scale.total * 2**20),
+        ("and after one node has read all", "B an endpoint", loads[0] / scale.total * 2**20),
+        ("and after the changes below", "B an endpoint", loads[1] / scale.total * 2**20),
+    )
+    for what, unit, value in rows:
+        drawn.add_row(what, "", "", "", f"{value:,.0f} {unit}")
+    show(drawn)
+    return loads[2]
+
+
+class _Start(msgspec.Struct, frozen=True, array_like=True):
+    """Seconds and MiB."""
+
+    wall: float
+    cpu: float
+    peak: float
+    settled: float
+
+    def __getitem__(self, at: int) -> float:
+        return (self.wall, self.cpu, self.peak, self.settled)[at]
+
+
+_UNITS = ("s", "s", "MiB", "MiB")
+
+
+def _started(brain: Brain) -> _Start:
+    """Wait until all is synced."""
+    loaded = brain.logged("loaded")
+    assert loaded["synced"] == loaded["tenants"], loaded
+    spent = brain.cpu
+    time.sleep(1)
+    return _Start(loaded["seconds"], spent, brain.memory("VmHWM"), brain.memory())
+
+
+def decoding(scale: Scale) -> list[float]:
+    """Seconds that decoding all lists takes, and nothing else."""
+    objects = Objects(scale.services, scale.endpoints)
+    bodies = [
+        (resource, objects.listed(resource.path, tenant))
+        for tenant in range(min(scale.tenants, 50))
+        for resource in (SERVICES, ENDPOINT_SLICES)
+    ]
+    took = []
+    for _ in range(scale.runs):
+        began = time.process_time()
+        for resource, body in bodies:
+            decode_list(resource, body, tenant="", object_bytes=len(body))
+        took.append((time.process_time() - began) * scale.tenants / min(scale.tenants, 50))
+    return took
+
+
+# --- changes --------------------------------------------------------------------------------------------------------
+
+
+def load(scale: Scale, brain: Brain, servers: Helper, nodes: Helper) -> tuple[float, float, Table]:
+    """Events at their pace, and one tenant that floods; memory before and after in MiB, and the table."""
+    nodes.ask("connect", brain.logged("serving nodes")["port"], 1, 1)
+    before = brain.memory()
+    rate = scale.tenants
+    drawn = _table(
+        f"changes: {rate:,} events/s over all tenants; watch event sent -> delta at a node",
+        ("", "events", "deltas", "p50", "p99", "max", "read p99", "compiled p99", "brain CPU"),
+    )
+    loads = (
+        ("steady", ()),
+        ("steady, and one tenant at 10,000/s", (scale.tenants // 2, 10_000)),
+        ("steady, again", ()),
+    )
+    for what, more in loads:
+        nodes.ask("forget")
+        began = brain.cpu
+        sent = servers.ask("steady", rate, scale.seconds, *more)
+        time.sleep(0.5)
+        spent = brain.cpu - began
+        seen = nodes.ask("seen")["deltas"]
+        noisy = f"dir-{name(scale.tenants // 2)}" if more else ""
+        others = [row for row in seen if row[0] != noisy]
+        late = [row[4] - row[1] for row in others]
+        drawn.add_row(
+            what,
+            f"{sent['sent'] + sent['more']:,}",
+            f"{len(seen):,}",
+            f"{statistics.median(late) * 1e3:.1f} ms",
+            f"{quantile(late, 0.99) * 1e3:.1f} ms",
+            f"{max(late) * 1e3:.1f} ms",
+            f"{quantile([row[2] - row[1] for row in others], 0.99) * 1e3:.1f} ms",
+            f"{quantile([row[3] - row[1] for row in others], 0.99) * 1e3:.1f} ms",
+            f"{spent / sent['seconds']:.0%}",
+        )
+    after = brain.memory()
+    nodes.ask("connect", 0, 0, 0)
+    return before, after, drawn
+
+
+def fan_out(scale: Scale, scene: Scene, servers: Helper, nodes: Helper) -> Table:
+    """One change told to all nodes, which all have all of ten tenants."""
+    drawn = _table(
+        f"one change told to {scale.nodes:,} nodes",
+        ("", "connected", "median", "p99", "last", "CPU a stream"),
+    )
+    tenants = min(10, scale.tenants)
+    servers.ask("objects", scale.services, scale.endpoints)
+    octets = 0
+    with scene.brain(tenants) as brain:
+        brain.logged("loaded")
+        port = brain.logged("serving nodes")["port"]
+        for what, acknowledge in (("deltas written", 0), ("and acknowledged twice, as agents do", 1)):
+            connecting = time.monotonic()
+            nodes.ask("connect", port, scale.nodes, acknowledge)
+            connected = time.monotonic() - connecting
+            late, last, spent = [], [], []
+            for _ in range(scale.changes):
+                nodes.ask("forget")
+                began = brain.cpu
+                servers.ask("steady", 1, 0.9)
+                spent.append((brain.cpu - began) / scale.nodes)
+                seen = nodes.ask("seen")
+                octets = seen["octets"]
+                took = [row[4] - row[1] for row in seen["deltas"]]
+                assert len(took) == scale.nodes
+                late.extend(took)
+                last.append(max(took))
+            _add_fan_out(drawn, what, f"{connected:.1f} s", late, last, spent)
+        nodes.ask("connect", 0, 0, 0)
+    with Helper("floor", scene.directory, octets) as floor:
+        nodes.ask("raw", floor.answer(), scale.nodes, octets)
+        late, last, spent = [], [], []
+        for _ in range(scale.changes):
+            nodes.ask("forget")
+            began = cpu(floor.process.pid)
+            written = floor.ask("write")
+            time.sleep(0.5)
+            spent.append((cpu(floor.process.pid) - began) / scale.nodes)
+            took = [row[4] - written for row in nodes.ask("seen")["deltas"]]
+            late.extend(took)
+            last.append(max(took))
+        _add_fan_out(drawn, f"floor: {octets} octets to as many TLS connections", "", late, last, spent)
+    return drawn
+
+
+def _add_fan_out(
+    drawn: Table, what: str, connected: str, late: Sequence[float], last: Sequence[float], spent: Sequence[float]
+) -> None:
+    drawn.add_row(
+        what,
+        connected,
+        f"{statistics.median(late) * 1e3:.1f} ms",
+        f"{quantile(list(late), 0.99) * 1e3:.1f} ms",
+        f"{statistics.median(last) * 1e3:.1f} ms",
+        f"{statistics.median(spent) * 1e6:.0f} us",
+    )
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    drawn = Table(title=title)
+    for heading in headings:
+        drawn.add_column(heading, justify="right" if heading else "left")
+    return drawn
+
+
+def _spread(values: Sequence[float], unit: str) -> str:
+    """The median, and of several values (max - min) / median."""
+    median = statistics.median(values)
+    text = f"{median:,.0f} {unit}" if unit == "MiB" else f"{median:,.1f} {unit}"
+    return text if len(values) == 1 else f"{text} ({(max(values) - min(values)) / median:.0%})"
