@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar, cast
 
 from vcproxy.brain.sources import Kind, ObjectSink
+from vcproxy.brain.turns import Turn, Turns
 from vcproxy.kube.client import Client
 from vcproxy.kube.client import Limits as ClientLimits
 from vcproxy.kube.decode import ENDPOINT_SLICES, SERVICE_CIDRS, SERVICES, HasKey, Page, Resource
@@ -30,10 +31,14 @@ TENANT_KINDS: tuple[Resource[Any], ...] = (SERVICES, ENDPOINT_SLICES, SERVICE_CI
 
 
 class RotatingClient:
-    """What a Reflector needs of a Client, with credentials that can be replaced while it is in use."""
+    """What a Reflector needs of a Client, with credentials that can be replaced while it is in use.
 
-    def __init__(self, make: Callable[[Credentials], Client], credentials: Credentials) -> None:
+    `turn`: waited for before each list.
+    """
+
+    def __init__(self, make: Callable[[Credentials], Client], credentials: Credentials, turn: Turn) -> None:
         self._make = make
+        self._turn = turn
         self._client = make(credentials)
         self.tenant, self.limits = self._client.tenant, self._client.limits
         self._waits: set[asyncio.Timeout] = set()
@@ -53,8 +58,9 @@ class RotatingClient:
 
     async def list_pages(self, resource: Resource[T], *, limit: int = 500) -> AsyncGenerator[Page[T], None]:
         """As Client.list_pages. A page under way in a rotation fails at its deadline, and the list begins anew."""
-        async with aclosing(self._client.list_pages(resource, limit=limit)) as pages:
+        async with self._turn as turn, aclosing(self._client.list_pages(resource, limit=limit)) as pages:
             async for page in pages:
+                turn.renew()
                 yield page
 
     async def watch(
@@ -97,6 +103,7 @@ class ApiInput:
 
     `resources`: what to follow. A ServiceCIDR that the server does not serve (before 1.33) is asked for ever more
     rarely, and concerns nobody else. `timing`: of each reflector. `connect`: makes the client for some credentials.
+    `turns`: of all API servers that are listed a few at a time, None: this one waits for nobody.
     """
 
     def __init__(
@@ -108,11 +115,13 @@ class ApiInput:
         limits: ClientLimits,
         timing: Timing | None = None,
         connect: Callable[..., Client] = Client,
+        turns: Turns | None = None,
     ) -> None:
         self._credentials = credentials
         self._resources = resources
         self._timing = timing
-        self._client = RotatingClient(partial(connect, tenant=tenant, limits=limits), credentials)
+        turn = Turn(turns or Turns())
+        self._client = RotatingClient(partial(connect, tenant=tenant, limits=limits), credentials, turn)
         self._reflectors: tuple[Reflector[Any], ...] = ()
         self._moved = asyncio.Event()
 

@@ -29,6 +29,7 @@ from vcproxy.brain.sources import (
 )
 from vcproxy.brain.sources.selfplaced import SelfPlaced
 from vcproxy.brain.store import Store
+from vcproxy.brain.turns import Turns
 from vcproxy.brain.vouched import Vouched
 from vcproxy.kube.backoff import Backoff
 from vcproxy.kube.client import Limits as ClientLimits
@@ -87,6 +88,7 @@ class Tenants:
         self._vouched = vouched
         self._scope = scope
         self._completed = completed
+        self._turns = Turns()
         self._waiting = set(range(len(self._sources)))
         self._held: dict[str, _Held] = {}
         self._failures: dict[int, str] = {}
@@ -196,6 +198,7 @@ class Tenants:
             limits=self._grant.client,
             timing=self._grant.timing,
             connect=partial(self._servers.connect, restricted=found.restricted),
+            turns=self._turns,
         )
 
     def _start(self, found: TenantFound, held: _Held, source: Input, group: asyncio.TaskGroup) -> None:
