@@ -33,6 +33,7 @@ from vcproxy.brain.store import Store
 from vcproxy.brain.vouched import Aliases
 from vcproxy.kube import shapes
 from vcproxy.kube.backoff import Backoff
+from vcproxy.kube.budget import Budget
 from vcproxy.kube.errors import ShapeError
 from vcproxy.kube.reflector import Broken, Deleted, Event, Listed, Recovered, Upserted
 from vcproxy.model.addresses import AddressError, Prefix, parse_prefix
@@ -54,9 +55,9 @@ _log = logs.get("feed")
 class Feed:
     """Keeps one tenant in `store` up to date from `source`; `await run()` within a TaskGroup.
 
-    `events_per_second`: how many changes are compiled on average, 0 for any; beyond it changes of one object coalesce
-    for longer. `observe`: gets every event too, after the feed took it (placement reads slices there). `aliases`:
-    further virtual addresses of its Services.
+    `events_per_second`: how many changed objects are compiled on average, 0 for any; beyond it changes of one object
+    coalesce for longer. `observe`: gets every event too, after the feed took it (placement reads slices there).
+    `aliases`: further virtual addresses of its Services.
     """
 
     def __init__(
@@ -147,8 +148,8 @@ class Feed:
 
     async def _compile(self) -> NoReturn:
         """Batch after batch."""
-        allowance, last = float(self._rate), time.monotonic()
         relisted = time.monotonic()
+        budget = Budget(self._rate, self._rate, relisted) if self._rate else None
         while True:
             await self._arrived.wait()
             self._arrived.clear()
@@ -156,15 +157,12 @@ class Feed:
             await self._read(self._batch)
             await self._emit(self._batch.timing)
             metrics.EVENTS.labels(self.tenant.uid).inc(len(self._batch.items))
-            events, self._batch = self._batch.events, None
+            # Many changes of one object cost as one: else a flood would be paid for by ever longer waiting.
+            changed, self._batch = min(self._batch.events, len(self._batch.items)), None
             if self.compiler.starved and time.monotonic() - relisted > RELIST_SECONDS:
                 raise _Relist
-            if self._rate:
-                now = time.monotonic()
-                allowance = min(self._rate, allowance + (now - last) * self._rate) - events
-                last = now
-                if allowance < 0:
-                    await asyncio.sleep(-allowance / self._rate)
+            if budget is not None and (wait := budget.spend(changed, time.monotonic())):
+                await asyncio.sleep(wait)
 
     async def _read(self, batch: Batch) -> None:
         clock, compiler = _Slice(), self.compiler

@@ -83,6 +83,8 @@ class RotatingClient:
 
         A batch that arrives in the very moment of a rotation is dropped; it comes again where the watch resumes.
         """
+        if client is not self._client:  # since the last batch, while nobody waited: nobody would ever be told
+            return None
         try:
             async with asyncio.timeout(None) as wait:
                 self._waits.add(wait)

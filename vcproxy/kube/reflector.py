@@ -17,8 +17,8 @@ rules that make this safe to build a data plane on:
 - **Trying again costs little.** Every attempt that ends early, in good order or not, waits a growing, jittered time;
   only `healthy_after` seconds of an accepted watch reset that. An API server that closes every watch at once sees a
   few requests a minute.
-- **Time is shared.** One batch of lines, then other tasks run: a tenant that never stops writing gets its slice and
-  no more.
+- **Time is shared.** One batch of lines, then other tasks run. A tenant that never stops writing gets its share of the
+  processor and no more: beyond it nobody reads, and TCP makes its API server wait.
 
 No object is kept here. The consumer holds the state anyway, and compares a `Listed` with it. An object of a wrong
 shape is reported, and changes nothing: neither `Listed.errors` nor `Malformed` is a reason to drop the last good
@@ -40,6 +40,7 @@ from dataclasses import dataclass
 from typing import Generic, NoReturn, TypeVar
 
 from vcproxy.kube.backoff import Backoff
+from vcproxy.kube.budget import Budget
 from vcproxy.kube.client import Client
 from vcproxy.kube.decode import Added, Bad, HasKey, Key, Removed, Resource, WatchEvent, decode_event, oversized_event
 from vcproxy.kube.errors import ApiError, Gone, ShapeError, Throttled, Unreachable
@@ -105,7 +106,8 @@ class Timing:
     """Times in seconds.
 
     watch_seconds: how long the server should let a watch live, drawn anew each time so that a thousand do not end
-    together.
+    together. share: of one processor's time, how much reading events may take on average; saved: how many seconds of it
+    may be taken at once after a quiet time.
     """
 
     inactivity: float = 150.0
@@ -114,6 +116,8 @@ class Timing:
     backoff_base: float = 0.5
     backoff_cap: float = 60.0
     healthy_after: float = 30.0
+    share: float = 0.05
+    saved: float = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +126,7 @@ class Surroundings:
 
     monotonic: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
+    spent: Callable[[], float] = time.thread_time
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     uniform: Callable[[float, float], float] = random.uniform
 
@@ -251,15 +256,19 @@ class Reflector(Generic[T]):
             resource_version=self.resource_version,
             timeout_seconds=round(self._around.uniform(low, high)),
         )
+        around, timing = self._around, self._timing
         async with aclosing(lines):
             await anext(lines)
-            self._accepted = self._around.monotonic()
+            self._accepted = around.monotonic()
+            budget = Budget(timing.share, timing.saved, self._accepted)
             self._mend()  # here and not after a list: who may list but not watch is not being followed
             async for batch in self._spoken(lines):
+                began = around.spent()
                 for line in batch:
                     self._take(line)
                 self._contact()
-                await asyncio.sleep(0)
+                wait = budget.spend(around.spent() - began, around.monotonic())
+                await (around.sleep(wait) if wait else asyncio.sleep(0))
         self._contact()
         return True
 

@@ -206,15 +206,28 @@ async def test_beyond_its_rate_a_tenant_waits() -> None:
         await begin(hand, (service(),), ())
         assert hand.sink is not None
         for number in range(15):  # five more than a second allows: half a second of patience
-            hand.sink("EndpointSlice", Upserted(endpoint_slice([f"10.0.0.{number}"])))
+            hand.sink("EndpointSlice", Upserted(endpoint_slice([f"10.0.0.{number}"], name=f"web-{number}")))
         await settle()
-        assert targets(store) == {"web": ["10.0.0.14:8080"]}
+        assert len(targets(store)["web"]) == 15
         began = asyncio.get_running_loop().time()
-        hand.sink("EndpointSlice", Upserted(endpoint_slice(["10.0.1.1"])))
+        hand.sink("EndpointSlice", Upserted(endpoint_slice(["10.0.1.1"], name="other")))
         await settle()
-        assert targets(store) == {"web": ["10.0.0.14:8080"]}
-        await until(lambda: targets(store) == {"web": ["10.0.1.1:8080"]})
+        assert len(targets(store)["web"]) == 15
+        await until(lambda: len(targets(store)["web"]) == 16)
         assert asyncio.get_running_loop().time() - began > 0.3
+
+
+async def test_a_flood_of_changes_to_one_object_is_paid_for_as_one() -> None:
+    hand = Hand()
+    async with fed(hand, events_per_second=10) as (store, _):
+        await begin(hand, (service(),), ())
+        assert hand.sink is not None
+        for number in range(1000):
+            hand.sink("EndpointSlice", Upserted(endpoint_slice([f"10.0.{number // 250}.{number % 250}"])))
+        await settle()
+        hand.sink("EndpointSlice", Upserted(endpoint_slice(["10.0.9.9"])))
+        await settle()
+        assert targets(store) == {"web": ["10.0.9.9:8080"]}
 
 
 async def test_an_endpoint_that_moves_between_slices_of_a_list_is_never_missing() -> None:

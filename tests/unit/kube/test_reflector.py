@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -63,7 +64,13 @@ class Sleeps:
 
 @asynccontextmanager
 async def following(
-    api: FakeApiServer, recorder: Recorder, *, limits: Limits = LIMITS, page: int = 500, **timing: Any
+    api: FakeApiServer,
+    recorder: Recorder,
+    *,
+    limits: Limits = LIMITS,
+    page: int = 500,
+    spent: Callable[[], float] = lambda: 0.0,
+    **timing: Any,
 ) -> AsyncIterator[tuple[Reflector[Service], Sleeps]]:
     sleeps = Sleeps()
     async with Client(api.credentials, tenant="acme", limits=limits) as client:
@@ -73,7 +80,9 @@ async def following(
             recorder,
             page=page,
             timing=Timing(**{"inactivity": 5.0, **timing}),
-            surroundings=Surroundings(sleep=sleeps, monotonic=lambda: sleeps.now, uniform=lambda low, high: high),
+            surroundings=Surroundings(
+                sleep=sleeps, monotonic=lambda: sleeps.now, uniform=lambda low, high: high, spent=spent
+            ),
         )
         async with asyncio.TaskGroup() as tasks:
             task = tasks.create_task(reflector.run())
@@ -99,6 +108,17 @@ async def test_lists_in_pages_and_delivers_once(api: FakeApiServer, recorder: Re
     query = api.requests[-1][2]
     assert query["resourceVersion"] == "7" and query["allowWatchBookmarks"] == "true"
     assert 300 <= int(query["timeoutSeconds"]) <= 600
+
+
+async def test_beyond_its_share_of_the_processor_a_tenant_is_not_read(api: FakeApiServer, recorder: Recorder) -> None:
+    seconds = itertools.count(0.0, 0.25)  # what each batch takes
+    async with following(api, recorder, spent=lambda: next(seconds), share=0.5, saved=0.5) as (_, sleeps):
+        await api.watching("Service")
+        for number in range(4):
+            api.put("Service", service(f"s{number}"))
+            await recorder.until(lambda number=number: len(recorder.of(Upserted)) == number + 1)
+    # Two batches were saved up; from then on each is waited for, and read all the same.
+    assert sleeps.seconds == [0.5, 0.5]
 
 
 async def test_changes_arrive_in_order(api: FakeApiServer, recorder: Recorder) -> None:
