@@ -160,7 +160,6 @@ class Brain:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self.placement.expire()
-            metrics.NODES.set(len(self.distributor.nodes()))
             held = self.store.tenants().values()
             synced = sum(1 for stored in held if stored.synced)
             metrics.TENANTS.labels("synced").set(synced)
