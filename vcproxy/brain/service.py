@@ -116,8 +116,10 @@ class Brain:
 
     def _problems(self) -> list[Problem]:
         found = self._super.problems() if self._super is not None else []
-        if self._access is not None and self._access.problem:
-            found.append(Problem("superCluster.kubeconfig", self._access.problem))
+        if self._access is not None:
+            found.extend(self._access.expiries.problems())
+            if self._access.problem:
+                found.append(Problem("superCluster.kubeconfig", self._access.problem))
         return [*found, *self.tenants.problems()]
 
     def _api_servers(self) -> ApiServers:

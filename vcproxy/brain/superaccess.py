@@ -20,6 +20,7 @@ import msgspec
 from yarl import URL
 
 from vcproxy.brain.config import SuperCluster
+from vcproxy.brain.expiry import Expiries
 from vcproxy.brain.inputs import ApiInput
 from vcproxy.brain.slices import SERVICE_NAME
 from vcproxy.kube import shapes
@@ -58,6 +59,8 @@ class SuperAccess:
             self._client = Client(self.credentials, tenant=SUPER_UID)
         except KubeconfigError as error:
             raise ConfigError(f"superCluster: {error}; or set superCluster: null if there is none") from error
+        self.expiries = Expiries()
+        self.expiries.put(SUPER_UID, self.credentials)
 
     @property
     def problem(self) -> str:
@@ -92,6 +95,7 @@ class SuperAccess:
         """Read and look up again, for ever."""
         try:
             while True:
+                self.expiries.tell()
                 dialled = await asyncio.to_thread(_dialled, self.credentials.server)
                 served = await self._served() if self._guarded else ()
                 # What was known once stays: an address too many keeps a tenant out, one too few lets it in.
@@ -109,6 +113,7 @@ class SuperAccess:
                 for held in list(self._inputs):
                     await held.rotate(credentials)
                 self.credentials = credentials
+                self.expiries.put(SUPER_UID, credentials)
                 old, self._client = self._client, client
                 await old.close()
                 _log.info("credentials rotated", tenant=SUPER_UID)

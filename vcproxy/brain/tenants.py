@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from vcproxy.brain.apiservers import ApiServers
+from vcproxy.brain.expiry import Expiries
 from vcproxy.brain.feed import Feed
 from vcproxy.brain.guard import Policy
 from vcproxy.brain.inputs import TENANT_KINDS, ApiInput
@@ -89,6 +90,7 @@ class Tenants:
         self._scope = scope
         self._completed = completed
         self._turns = Turns()
+        self._expiries = Expiries()
         self._waiting = set(range(len(self._sources)))
         self._held: dict[str, _Held] = {}
         self._failures: dict[int, str] = {}
@@ -108,6 +110,7 @@ class Tenants:
         found = [problem for source in self._sources for problem in source.problems()]
         found.extend(Problem(f"source {number}", message) for number, message in sorted(self._failures.items()))
         found.extend(Problem(f"tenant {uid}", held.problem) for uid, held in self._held.items() if held.problem)
+        found.extend(self._expiries.problems())
         return found
 
     async def run(self) -> None:
@@ -115,6 +118,7 @@ class Tenants:
         if self.complete:
             self._completed()
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._expiries.run())
             for number, source in enumerate(self._sources):
                 group.create_task(self._follow(number, source, group))
 
@@ -157,6 +161,7 @@ class Tenants:
             else:
                 if held is not None:
                     held.problem = ""
+                    self._expiries.put(uid, credentials)
                 _log.info("credentials rotated", tenant=uid)
 
     def _found(
@@ -186,6 +191,10 @@ class Tenants:
             return
         self._stop(held)
         held.problem = ""
+        if isinstance(access, Credentials):
+            self._expiries.put(uid, access)
+        else:
+            self._expiries.forget(uid)
         self._start(found, held, source, group)
 
     def _input(self, access: Credentials | Input, found: TenantFound) -> Input:
@@ -248,6 +257,7 @@ class Tenants:
         self._store.remove_tenant(uid)
         self._placement.forget(uid)
         self._vouched.forget(uid)
+        self._expiries.forget(uid)
         for metric in (metrics.EVENTS, metrics.STALE):
             metric.remove(uid)
         metrics.REFUSED.remove_by_labels({"tenant": uid})

@@ -21,7 +21,6 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
@@ -123,13 +122,6 @@ def in_cluster(*, environ: Mapping[str, str] = os.environ, folder: Path = SERVIC
     read_token(folder / "token")
     _check(credentials, system_roots=False)
     return credentials
-
-
-def not_after(credentials: Credentials) -> datetime | None:
-    """When the client certificate expires (UTC); None where there is none. For the expiry metric and `status`."""
-    if not credentials.client_cert_pem:
-        return None
-    return x509.load_pem_x509_certificate(credentials.client_cert_pem).not_valid_after_utc
 
 
 def read_token(path: Path) -> str:

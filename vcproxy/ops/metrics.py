@@ -33,6 +33,12 @@ STALE = Gauge(
     ["tenant"],
     registry=REGISTRY,
 )
+CREDENTIALS_EXPIRY = Gauge(
+    "vcproxy_tenant_credentials_expiry_timestamp_seconds",
+    "Unix time at which the credentials in use for a tenant's API server end; 0 for those without an end",
+    ["tenant"],
+    registry=REGISTRY,
+)
 NODES = Gauge("vcproxy_nodes_connected", "Node agents connected", registry=REGISTRY)
 SENT_BYTES = Counter("vcproxy_sent_bytes", "Bytes sent to nodes", ["message"], registry=REGISTRY)
 COMPILE = Histogram("vcproxy_compile_seconds", "From watch event to new revision", buckets=_SECONDS, registry=REGISTRY)

@@ -18,6 +18,7 @@ from tests.unit.brain.polling import until
 from tests.unit.brain.test_directory_source import write
 from tests.unit.brain.test_feed import publish
 from tests.unit.brain.test_manifests import SERVICE, SLICE
+from tests.unit.kube.test_lifetime import token
 from vcproxy.brain.config import BrainConfiguration, DirectorySource, Listen, SuperCluster, Tenants, TenantSource
 from vcproxy.brain.service import Brain
 from vcproxy.model.addresses import parse_address
@@ -323,3 +324,15 @@ async def test_the_first_load_ends_when_every_tenant_is_synced_or_out_of_reach(t
                 assert found.synced("dir-well") and not found.synced("dir-ill")
     [said] = [said for said in logs if said["event"] == "loaded"]
     assert (said["tenants"], said["synced"]) == (2, 1)
+
+
+async def test_credentials_that_have_ended_are_a_problem_until_renewed(tmp_path: Path) -> None:
+    async with FakeApiServer(token=token(iat=0, exp=1)) as api:
+        write(tmp_path / "tenants" / "acme.kubeconfig", api.kubeconfig().decode())
+        async with running(tmp_path) as found:
+            await until(lambda: found.synced("dir-acme"))
+            [row] = (await found.ask())["problems"]
+            assert row["problem"].startswith("tenant dir-acme: its credentials have expired at 1970-01-01T00:00:01Z")
+            api.token = "renewed"
+            write(tmp_path / "tenants" / "acme.kubeconfig", api.kubeconfig().decode())
+            await until(lambda: not found.brain.tenants.problems())

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import trustme
 import yaml
-from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vcproxy.kube.errors import KubeconfigError
-from vcproxy.kube.kubeconfig import Credentials, in_cluster, load_kubeconfig, load_kubeconfig_file, not_after
+from vcproxy.kube.kubeconfig import Credentials, in_cluster, load_kubeconfig, load_kubeconfig_file
 from vcproxy.kube.servers import normalise_server
 
 
@@ -265,12 +264,6 @@ def test_in_cluster(tmp_path: Path) -> None:
     assert (loaded.server, loaded.token_file) == ("https://[fd00::1]:6443", str(tmp_path / "token"))
     with pytest.raises(KubeconfigError, match="not a pod"):
         in_cluster(environ={}, folder=tmp_path)
-
-
-def test_not_after_is_that_of_the_client_certificate() -> None:
-    expected = x509.load_pem_x509_certificate(pems()[1]).not_valid_after_utc
-    assert not_after(load(config())) == expected
-    assert not_after(Credentials(server="https://a:1", token="x")) is None
 
 
 def test_repr_shows_no_secret() -> None:
