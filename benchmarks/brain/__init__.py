@@ -207,19 +207,23 @@ def fan_out(scale: Scale, scene: Scene, servers: Helper, nodes: Helper) -> Table
                 last.append(max(took))
             _add_fan_out(drawn, what, f"{connected:.1f} s", late, last, spent)
         nodes.ask("connect", 0, 0, 0)
-    with Helper("floor", scene.directory, octets) as floor:
-        nodes.ask("raw", floor.answer(), scale.nodes, octets)
-        late, last, spent = [], [], []
-        for _ in range(scale.changes):
-            nodes.ask("forget")
-            began = cpu(floor.process.pid)
-            written = floor.ask("write")
-            time.sleep(0.5)
-            spent.append((cpu(floor.process.pid) - began) / scale.nodes)
-            took = [row[4] - written for row in nodes.ask("seen")["deltas"]]
-            late.extend(took)
-            last.append(max(took))
-        _add_fan_out(drawn, f"floor: {octets} octets to as many TLS connections", "", late, last, spent)
+    for what, how in (("floor: grpc.aio, the same octets", "grpc"), ("floor: TLS connections, the same octets", "tls")):
+        with Helper("floor", scene.directory, octets, how) as floor:
+            port = floor.answer()
+            nodes.ask(*(("connect", port, scale.nodes, 0) if how == "grpc" else ("raw", port, scale.nodes, octets)))
+            late, last, spent = [], [], []
+            for _ in range(scale.changes):
+                nodes.ask("forget")
+                began = cpu(floor.process.pid)
+                written = floor.ask("write")
+                time.sleep(0.9)
+                spent.append((cpu(floor.process.pid) - began) / scale.nodes)
+                took = [row[4] - written for row in nodes.ask("seen")["deltas"]]
+                assert len(took) == scale.nodes
+                late.extend(took)
+                last.append(max(took))
+            nodes.ask("connect", 0, 0, 0)
+        _add_fan_out(drawn, what, "", late, last, spent)
     return drawn
 
 

@@ -7,7 +7,8 @@ line each, and are answered on standard output when they have been carried out:
     objects SERVICES ENDPOINTS         what every tenant holds from now on; for a brain that is yet to come
     steady RATE SECONDS [TENANT RATE]  so many events a second, over all tenants in turns; and so many more of one
 
-An event is sent when its time has come, whether or not those before it were read. It is dated when it is sent.
+An event is sent when its time has come, and dated then. Of the one that floods, events that would only wait in this
+process are left out: an API server, too, keeps few for a watch that is read slowly.
 """
 
 import asyncio
@@ -28,11 +29,12 @@ _TICK = 0.001
 
 
 class ApiServer:
-    """One tenant's. `watches`: open ones, by path."""
+    """One tenant's. `watches`: open ones, by path; `waiting`: those whose reader is behind."""
 
     def __init__(self, tenant: int, held: "Held") -> None:
         self.tenant = tenant
         self.watches: dict[str, set[asyncio.Transport]] = {}
+        self.waiting: set[asyncio.Transport] = set()
         self._held = held
 
     def answer(self, target: str, transport: asyncio.Transport) -> None:
@@ -60,6 +62,7 @@ class ApiServer:
         """The reader is gone."""
         for open_ones in self.watches.values():
             open_ones.discard(transport)
+        self.waiting.discard(transport)
 
 
 class Held:
@@ -88,6 +91,14 @@ class Connection(asyncio.Protocol):
             assert self._transport is not None
             self._server.answer(head.split(b" ", 2)[1].decode(), self._transport)
 
+    def pause_writing(self) -> None:
+        if self._transport is not None:
+            self._server.waiting.add(self._transport)
+
+    def resume_writing(self) -> None:
+        if self._transport is not None:
+            self._server.waiting.discard(self._transport)
+
     def connection_lost(self, error: Exception | None) -> None:
         if self._transport is not None:  # else it left in the middle of a handshake
             self._server.left(self._transport)
@@ -98,7 +109,7 @@ async def steady(
 ) -> dict[str, float]:
     """Events over all tenants in turns, and `more` a second of the tenant `noisy`."""
     began = time.monotonic()
-    sent = extra = 0
+    sent = extra = left_out = 0
     late = 0.0
     while (elapsed := time.monotonic() - began) < seconds:
         while sent < elapsed * rate:
@@ -106,10 +117,13 @@ async def steady(
             servers[sent % len(servers)].change(sent // len(servers))
             sent += 1
         for _ in range(min(200, int(elapsed * more) - extra)):  # what is more than that comes at the next tick
-            servers[noisy].change(extra)
+            if servers[noisy].waiting:
+                left_out += 1
+            else:
+                servers[noisy].change(extra)
             extra += 1
         await asyncio.sleep(_TICK)
-    return {"sent": sent, "more": extra, "seconds": elapsed, "late": late}
+    return {"sent": sent, "more": extra - left_out, "seconds": elapsed, "late": late}
 
 
 async def main(directory: Path, count: int) -> None:

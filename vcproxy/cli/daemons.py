@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from vcproxy.ops.admin import AdminError
 
 # Exceptions whose message is written for people; anything else is a fault of ours and shows its traceback.
 EXPECTED = (configfile.ConfigError, AdminError, BackendError, OSError)
+
+SWITCH_SECONDS = 0.0002
+"""How long a thread of gRPC's waits for the interpreter while the event loop is busy.
+
+Each message written waits for that once. Python's own 5 ms would be most of its latency, and 0.2 ms cost no processor
+time that shows.
+"""
 
 _config = click.option(
     "--config", "file", required=True, type=click.Path(dir_okay=False), help="Configuration file (YAML)."
@@ -72,6 +80,7 @@ def run_daemon(start: Callable[[], Coroutine[Any, Any, None]], *, loop: Any = No
     # Our logs say when a stream ends; gRPC's own lines have no tenant, no node and no level.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     garbage.tune()
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         with asyncio.Runner(loop_factory=loop) as runner:
             runner.run(start())
