@@ -37,6 +37,8 @@ from vcproxy.ops import logs
 from vcproxy.ops.configfile import ConfigError
 
 READ_AGAIN_SECONDS = 10.0
+UNRATIONED = Timing(share=1.0)
+"""The super cluster is nobody's tenant: all others wait for what it says of pods and nodes."""
 
 _log = logs.get("supercluster")
 
@@ -77,7 +79,7 @@ class SuperAccess:
         """For single requests, with the newest credentials. Do not keep it: a rotation closes it."""
         return self._client
 
-    def input(self, resources: Sequence[Resource[Any]], *, timing: Timing | None = None) -> ApiInput:
+    def input(self, resources: Sequence[Resource[Any]], *, timing: Timing = UNRATIONED) -> ApiInput:
         """An input of these kinds, whose credentials are kept fresh for as long as somebody holds it.
 
         Raises KubeconfigError.

@@ -26,7 +26,7 @@ from vcproxy.brain.sources import Problem, SourceComplete, SourceSink, TenantFou
 from vcproxy.brain.sources.attribution import NAME, Owners
 from vcproxy.brain.sources.collection import Collection
 from vcproxy.brain.sources.project import SECRETS, Project, Secret, Unready, decode_kubeconfig
-from vcproxy.brain.superaccess import SuperAccess
+from vcproxy.brain.superaccess import UNRATIONED, SuperAccess
 from vcproxy.kube.backoff import Backoff
 from vcproxy.kube.decode import HasKey, Key, Resource
 from vcproxy.kube.errors import ApiError, Forbidden, KubeconfigError, NotFound, printable
@@ -40,7 +40,7 @@ V = TypeVar("V")
 
 RETRY_SECONDS = 10.0
 """The longest wait between attempts: there is one super cluster, and nobody waits for it with a thousand others."""
-TIMING = Timing(backoff_cap=RETRY_SECONDS)
+TIMING = Timing(backoff_cap=RETRY_SECONDS, share=UNRATIONED.share)
 
 _NAME = re.compile(r"(?=.{1,253}$)[a-z0-9](?:[-a-z0-9.]*[a-z0-9])?")
 _log = logs.get("sources")
