@@ -21,6 +21,8 @@ class Relay:
 
     def __init__(self, ns: str, port: int) -> None:
         self._port = port
+        self._flows = asyncio.Event()
+        self._flows.set()
         self._listener = netns.socket_in(ns, socket.AF_INET, socket.SOCK_STREAM)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._listener.bind(("127.0.0.1", port))
@@ -42,15 +44,30 @@ class Relay:
         self._thread.join()
         self._loop.close()
 
+    def freeze(self) -> None:
+        """From now on nothing is carried, and nobody is told: connections stand, and new ones are accepted."""
+        self._gate(open=False)
+
+    def thaw(self) -> None:
+        """What was sent meanwhile arrives, and all goes on."""
+        self._gate(open=True)
+
+    def _gate(self, *, open: bool) -> None:
+        async def turn() -> None:
+            (self._flows.set if open else self._flows.clear)()
+
+        asyncio.run_coroutine_threadsafe(turn(), self._loop).result()
+
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(self._carry, sock=self._listener)
 
     async def _end(self) -> None:
         self._server.close()
+        self._flows.set()
         mine = asyncio.current_task()
         for writer in self._writers:
             writer.transport.abort()
-        await asyncio.gather(*(task for task in asyncio.all_tasks() if task is not mine))
+        await asyncio.gather(*(task for task in asyncio.all_tasks() if task is not mine), return_exceptions=True)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -61,8 +78,8 @@ class Relay:
         self._writers |= {writer, far_writer}
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(_pump(reader, far_writer))
-                group.create_task(_pump(far_reader, writer))
+                group.create_task(self._pump(reader, far_writer))
+                group.create_task(self._pump(far_reader, writer))
         except* OSError:
             pass
         finally:
@@ -70,9 +87,9 @@ class Relay:
             writer.close()
             far_writer.close()
 
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
-    writer.close()
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            await self._flows.wait()
+            writer.write(data)
+            await writer.drain()
+        writer.close()

@@ -278,11 +278,13 @@ def running(
     overlay: Mapping[str, ControlPlane | None] | None = None,
     flat: Mapping[str, ControlPlane | None] | None = None,
     tenants: Mapping[str, Any] | None = None,
+    replicas: Sequence[str] = ("brain",),
     **settings: Any,
 ) -> Iterator[World]:
     """A running world with these tenants by network; None for a folder of manifests.
 
-    `tenants`: further fields of the BrainConfiguration's `tenants`; `settings`: of the NodeConfiguration.
+    `tenants`: further fields of the BrainConfiguration's `tenants`; `settings`: of the NodeConfiguration. `replicas`:
+    brains that agents know; the first one is started.
     """
     brain = {
         "superCluster": {"kubeconfig": str(super_plane.kubeconfig)},
@@ -290,7 +292,7 @@ def running(
     }
     with ExitStack() as stack:
         lab = stack.enter_context(Lab("vcp-e2e"))
-        cluster = stack.enter_context(Cluster(directory, brain=brain))
+        cluster = stack.enter_context(Cluster(directory, brain=brain, replicas=replicas))
         world = World(lab, cluster, {SUPER: super_plane})
         world.add_tenant(SUPER, overlay=False)
         for is_overlay, said in ((True, overlay), (False, flat)):

@@ -32,15 +32,24 @@ _DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 class Cluster:
-    """A brain and its node agents.
+    """A brain, or replicas of it, and its node agents.
 
     `directory` holds configuration, certificates, sockets, logs and each node's state; `tenants` below it is the
     brain's directory source. The brain listens in the namespace of `place` when one is given, else on a unix socket:
-    that reaches every namespace, and leaves the brain where the API servers of a test are.
+    that reaches every namespace, and leaves the brain where the API servers of a test are. `replicas`: names of all
+    brains that agents know; one that is not started is not there.
     """
 
-    def __init__(self, directory: Path, *, place: Client | None = None, brain: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        place: Client | None = None,
+        brain: Mapping[str, Any] | None = None,
+        replicas: Sequence[str] = ("brain",),
+    ) -> None:
         self.directory = directory
+        self._replicas = tuple(replicas)
         self.tenants = directory / "tenants"
         self._place = place
         self._extra = dict(brain or {})
@@ -61,23 +70,25 @@ class Cluster:
     ) -> None:
         self.stop()
 
-    @property
-    def address(self) -> str:
-        """Where the brain listens."""
-        return f"{self._place.ip4}:7443" if self._place else f"unix:{self.directory}/brain.grpc"
+    def address(self, name: str = "brain") -> str:
+        """Where a brain listens."""
+        return f"{self._place.ip4}:7443" if self._place else f"unix:{self.directory}/{name}.grpc"
 
-    def start_brain(self) -> subprocess.Popen[bytes]:
-        """Start (or start again) the brain; it is not ready when this returns."""
+    def start_brain(self, name: str = "brain", *, ns: str | None = None, **settings: Any) -> subprocess.Popen[bytes]:
+        """Start (or start again) a brain; it is not ready when this returns.
+
+        `ns`: it reaches API servers from this network namespace. `settings`: further fields of the BrainConfiguration.
+        """
         config = {
-            "listen": {"address": self.address, **self._tls("brain", "clientCAFile")},
+            "listen": {"address": self.address(name), **self._tls("brain", "clientCAFile")},
             "superCluster": None,
             "tenants": {"sources": [{"directory": {"path": str(self.tenants)}}]},
-            "adminSocket": self.socket("brain"),
+            "adminSocket": self.socket(name),
             "metricsAddress": "",
             "logFormat": "text",
         }
-        path = self._write("brain", "BrainConfiguration", {**config, **self._extra})
-        return self._spawn("brain", self._place.ns if self._place else None, path)
+        path = self._write(name, "BrainConfiguration", {**config, **self._extra, **settings})
+        return self._spawn(name, self._place.ns if self._place else ns, path)
 
     def start_agent(self, node: Node, overlays: Iterable[Tenant] = (), **settings: Any) -> subprocess.Popen[bytes]:
         """Start (or start again, then with the settings of the first start) a node's agent.
@@ -91,7 +102,7 @@ class Cluster:
             config = {
                 "nodeName": node.name,
                 "brain": {
-                    "addresses": [self.address],
+                    "addresses": [self.address(name) for name in self._replicas],
                     "serverName": BRAIN_NAME,
                     **self._tls(node.name, "caFile"),
                 },
@@ -206,7 +217,7 @@ class Cluster:
         return path
 
     def _spawn(self, name: str, ns: str | None, config: Path) -> subprocess.Popen[bytes]:
-        command = "brain" if name == "brain" else "node"
+        command = "brain" if name in self._replicas else "node"
         argv = [sys.executable, "-m", "vcproxy", command, "--config", str(config)]
         inside = netns.entered(ns) if ns else contextlib.nullcontext()
         with (self.directory / f"{name}.log").open("ab") as log, inside:
