@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from vcproxy.model.mark import UNMARKED, Mark
 from vcproxy.model.node import NodeFacts
 from vcproxy.model.services import PortKey, ServicePort
 from vcproxy.model.tenant import Operation, PatchEndpoints, PutPort, Tenant
@@ -29,10 +30,11 @@ _OPERATIONS_FIELD = distribution_pb2.Delta.OPERATIONS_FIELD_NUMBER
 
 
 class Version(NamedTuple):
-    """A content of a tenant: what it is (digest), and what this brain calls it (revision)."""
+    """A content of a tenant: what it is (digest), what this brain calls it (revision), and how new it is (mark)."""
 
     revision: int
     digest: bytes
+    mark: Mark = UNMARKED
 
 
 def port_bound(port: ServicePort) -> int:
@@ -82,7 +84,11 @@ def encode_delta(
 ) -> bytes:
     """A BrainMessage with a Delta; `operations` as encode_operations gives them, of consecutive revisions."""
     header = distribution_pb2.Delta(
-        tenant=uid, to=after.revision, digest=after.digest, timing=convert.encode_timing(timing)
+        tenant=uid,
+        to=after.revision,
+        digest=after.digest,
+        timing=convert.encode_timing(timing),
+        mark=convert.encode_mark(after.mark),
     )
     setattr(header, "from", before.revision)
     body = header.SerializeToString()
@@ -150,6 +156,7 @@ class Snapshot:
                 parts=len(self),
                 encoding=encoding,
                 ports=body,
+                mark=convert.encode_mark(self.version.mark),
             )
         ).SerializeToString()
 
@@ -175,15 +182,27 @@ def encode_welcome(brain: str, version: str) -> bytes:
     ).SerializeToString()
 
 
-def encode_added(tenant: Tenant) -> bytes:
-    """Precedes everything about a tenant."""
-    return distribution_pb2.BrainMessage(added=convert.encode_tenant(tenant)).SerializeToString()
+def encode_added(tenant: Tenant, mark: Mark = UNMARKED) -> bytes:
+    """Precedes everything about a tenant; `mark`: where the brain is with it."""
+    return distribution_pb2.BrainMessage(added=convert.encode_tenant(tenant, mark)).SerializeToString()
 
 
 def encode_synced(uid: str, version: Version) -> bytes:
     """The node has all of the tenant."""
     return distribution_pb2.BrainMessage(
-        synced=distribution_pb2.Synced(tenant=uid, revision=version.revision, digest=version.digest)
+        synced=distribution_pb2.Synced(
+            tenant=uid,
+            revision=version.revision,
+            digest=version.digest,
+            mark=convert.encode_mark(version.mark),
+        )
+    ).SerializeToString()
+
+
+def encode_behind(uid: str, reason: str) -> bytes:
+    """What the brain has of the tenant may be older than what the node holds; "": no longer."""
+    return distribution_pb2.BrainMessage(
+        behind=distribution_pb2.TenantBehind(tenant=uid, reason=reason)
     ).SerializeToString()
 
 

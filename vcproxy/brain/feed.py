@@ -18,12 +18,14 @@ empties anything; but a complete list that is empty (an etcd that was wiped) is 
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import msgspec
 
+from vcproxy.brain.chronicle import Chronicle
 from vcproxy.brain.compiler import Compiler, Key
 from vcproxy.brain.compiler import Kind as Compiled
 from vcproxy.brain.guard import Policy, Reason, Refusal, judge_virtual_ranges
@@ -37,6 +39,7 @@ from vcproxy.kube.budget import Budget
 from vcproxy.kube.errors import ShapeError
 from vcproxy.kube.reflector import Broken, Deleted, Event, Listed, Recovered, Upserted
 from vcproxy.model.addresses import AddressError, Prefix, parse_prefix
+from vcproxy.model.mark import Mark
 from vcproxy.model.tenant import Tenant
 from vcproxy.model.timing import Timing
 from vcproxy.ops import logs, metrics
@@ -46,6 +49,10 @@ SLICE_SECONDS = 0.004
 """How long a feed works before it lets other tasks run."""
 RELIST_SECONDS = 60.0
 """At most this often a list is asked for because a tenant at its limits has made room."""
+OVERTAKEN_SECONDS = 1.0
+"""How long a node may be ahead before a list is asked for: a watch that lags by less catches up alone."""
+LISTS_APART_SECONDS = 10.0
+"""Between lists that are asked for because nodes are ahead."""
 LOGGED_REFUSALS = 50
 """Refusals that one feed writes to the log; all are counted and shown by `explain`."""
 
@@ -86,7 +93,13 @@ class Feed:
         self._broken: dict[Kind, Broken] = {}
         self._ranges: dict[Key, tuple[Prefix, ...]] = {}
         self._logged = 0
+        self._ahead = asyncio.Event()  # a node is
+        self._relist = False
+        self._caught_up_at = -LISTS_APART_SECONDS
+        self._versions: Mapping[str, str] = {}  # of lists before the ones under way
+        self._chronicle = Chronicle()
         self._begin()
+        self._chronicle = Chronicle(store.follow(tenant.uid, self))
 
     def _begin(self) -> None:
         """Empty hands: everything is listed and compiled anew. What the store holds stays until then."""
@@ -97,6 +110,7 @@ class Feed:
         self._complete = False
         self._ranges_known = False
         self._broken.clear()
+        self._chronicle.abandoned()
         self._set_ranges()
 
     async def run(self) -> NoReturn:
@@ -121,9 +135,12 @@ class Feed:
             self._store.set_stale(self.tenant.uid, None)
 
     async def _follow(self) -> None:
+        self._relist = False
+        self._chronicle.listing()
         async with asyncio.TaskGroup() as group:
             group.create_task(self.source.run(self.take))
             group.create_task(self._compile())
+            group.create_task(self._catch_up())
 
     def take(self, kind: Kind, event: Event[Any]) -> None:
         """One event of the input: remembered at once, compiled soon."""
@@ -132,7 +149,9 @@ class Feed:
             self._arrived.set()
         match event:
             case Broken():
-                self._broken[kind] = event
+                # One that lists anew only now may have been broken for longer.
+                since = self._broken.get(kind, event).since
+                self._broken[kind] = replace(event, since=min(since, event.since))
                 self._judge_health()
             case Recovered():
                 self._broken.pop(kind, None)
@@ -154,12 +173,15 @@ class Feed:
             await self._arrived.wait()
             self._arrived.clear()
             self._batch = self._inbox.drain()
+            touched = {kind for kind, _ in self._batch.items}
+            self._chronicle.taken(self._read_to(), touched=touched, listed=self._batch.listed)
             await self._read(self._batch)
             await self._emit(self._batch.timing)
             metrics.EVENTS.labels(self.tenant.uid).inc(len(self._batch.items))
             # Many changes of one object cost as one: else a flood would be paid for by ever longer waiting.
             changed, self._batch = min(self._batch.events, len(self._batch.items)), None
-            if self.compiler.starved and time.monotonic() - relisted > RELIST_SECONDS:
+            if self._relist or (self.compiler.starved and time.monotonic() - relisted > RELIST_SECONDS):
+                self._versions = self._read_to()
                 raise _Relist
             if budget is not None and (wait := budget.spend(changed, time.monotonic())):
                 await asyncio.sleep(wait)
@@ -193,7 +215,10 @@ class Feed:
             emitted = compiler.emitted()
             gone = [key for key in store.tenants()[uid].model.ports if key not in emitted]
             store.update(uid, (), gone, timing)
+            self._settle()
             store.set_synced(uid)
+        elif self._complete:
+            self._settle()
 
     def _touch(self, keys: Iterable[Key]) -> None:
         self.compiler.touch(keys)
@@ -204,6 +229,42 @@ class Feed:
         yield from self.compiler.keys(kind)
         if self._batch is not None:
             yield from [key for said, key in self._batch.items if said == kind]
+
+    # --- age ----------------------------------------------------------------------------------------------------------
+
+    def mark(self) -> Mark:
+        """How new what the store holds is."""
+        waiting = self._inbox or self._batch is not None or not self._complete
+        return self._chronicle.mark if waiting else self._chronicle.at(self._read_to())
+
+    def overtaken(self, by: Mark) -> None:
+        """A node holds content that may be newer in these kinds."""
+        if self._chronicle.overtaken(by):
+            self._ahead.set()
+
+    def _read_to(self) -> Mapping[str, str]:
+        return {**self._versions, **self.source.versions}
+
+    def _settle(self) -> None:
+        self._chronicle.settled()
+        if self._chronicle.asked and not self._chronicle.behind(self._chronicle.mark):
+            self._store.announce(self.tenant.uid)
+
+    async def _catch_up(self) -> NoReturn:
+        """Find out what is true when a node is ahead: by waiting, else by lists."""
+        while True:
+            await self._ahead.wait()
+            self._ahead.clear()
+            await asyncio.sleep(OVERTAKEN_SECONDS)
+            await asyncio.sleep(self._caught_up_at + LISTS_APART_SECONDS - time.monotonic())
+            if self._chronicle.behind(self.mark()):
+                self._caught_up_at = time.monotonic()
+                self._relist = True
+                self._arrived.set()
+                metrics.RELISTED.labels(self.tenant.uid).inc()
+                _log.warning("a node is ahead of this brain, all is listed again", tenant=self.tenant.uid)
+            else:
+                self._store.announce(self.tenant.uid)
 
     # --- facts --------------------------------------------------------------------------------------------------------
 

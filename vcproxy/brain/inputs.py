@@ -9,7 +9,7 @@ Another *server*, however, is another history: its resourceVersions mean nothing
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, NoReturn, TypeVar, cast
@@ -131,6 +131,11 @@ class ApiInput:
     def server(self) -> str:
         """Where the API server is."""
         return self._credentials.server
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Kind -> resourceVersion up to which everything was told, of kinds that have been listed."""
+        return {found.resource.kind: found.resource_version for found in self._reflectors if found.resource_version}
 
     async def rotate(self, credentials: Credentials) -> None:
         """Use these credentials from now on. Raises KubeconfigError, and then goes on with the old ones."""

@@ -21,7 +21,7 @@ class TenantStatus(msgspec.Struct, frozen=True):
     `current`: the node committed the content that the brain has now, whatever its revision number. `lag_seconds`: age
     of the oldest content that was sent and is not committed, 0 for none. `commit_microseconds`: what the last commit
     cost the node. `rejections`: service ports in quarantine after it. `error`: why the last one failed, "" if it did
-    not.
+    not. `behind`: why nothing is sent, since the node may have newer content than this brain; "" otherwise.
     """
 
     uid: str
@@ -34,6 +34,7 @@ class TenantStatus(msgspec.Struct, frozen=True):
     commit_microseconds: int
     rejections: tuple[Rejection, ...]
     error: str
+    behind: str = ""
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
@@ -92,7 +93,7 @@ class Progress:
             while self._uncommitted and self._uncommitted[0].version.revision <= version.revision:
                 self._uncommitted.popleft()
 
-    def status(self, uid: str, name: str, newest: Version) -> TenantStatus:
+    def status(self, uid: str, name: str, newest: Version, behind: str = "") -> TenantStatus:
         """As of now; `newest` is what the brain has."""
         committed = self._committed
         return TenantStatus(
@@ -106,6 +107,7 @@ class Progress:
             commit_microseconds=self._microseconds,
             rejections=self._rejections,
             error=self._error,
+            behind=behind,
         )
 
 

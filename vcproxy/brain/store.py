@@ -10,9 +10,11 @@ A tenant that was never synced is incomplete, so nothing of it is ever served: i
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 from vcproxy.brain.encoding import Snapshot, Version, port_bound
 from vcproxy.brain.history import Delta, History
+from vcproxy.model.mark import UNMARKED, Mark, lacking
 from vcproxy.model.services import PortKey, ServicePort
 from vcproxy.model.tenant import Operation, Tenant, TenantModel
 from vcproxy.model.timing import Timing
@@ -33,6 +35,16 @@ class UnknownTenant(KeyError):
         return f"tenant {self.uid!r} is not in the store: call add_tenant first"
 
 
+class Follower(Protocol):
+    """Who keeps a tenant up to date."""
+
+    def mark(self) -> Mark:
+        """How new the content is now."""
+
+    def overtaken(self, by: Mark) -> None:
+        """A node holds content that may be newer in these kinds: find out, and announce the tenant again."""
+
+
 class Stored:
     """One tenant. Read-only to all but the store.
 
@@ -49,13 +61,20 @@ class Stored:
         self.stale_reason = ""
         self.updated_at = 0.0
         self.octets = 0
+        self._follower: Follower | None = None
+        self._mark = UNMARKED
         self._history = History(tenant.uid, count=HISTORY_COUNT)
         self._snapshot: Snapshot | None = None
 
     @property
+    def mark(self) -> Mark:
+        """How new the content is."""
+        return self._follower.mark() if self._follower is not None else self._mark
+
+    @property
     def version(self) -> Version:
         """The newest content."""
-        return Version(self.revision, self.model.digest)
+        return Version(self.revision, self.model.digest, self.mark)
 
     @property
     def history(self) -> History:
@@ -72,8 +91,13 @@ class Stored:
             return None
         return self._history.delta(digest)
 
-    def snapshot(self) -> Snapshot:
-        """A snapshot of the newest content or of a recent one that a small delta leads on from.
+    def overtaken(self, by: Mark) -> None:
+        """A node holds content that may be newer in these kinds."""
+        if self._follower is not None:
+            self._follower.overtaken(by)
+
+    def snapshot(self, floor: Mark = UNMARKED) -> Snapshot:
+        """A snapshot of the newest content or of a recent one, not below `floor`, that a small delta leads on from.
 
         Many nodes that connect at once while the tenant keeps changing so share one encoding.
         """
@@ -82,10 +106,15 @@ class Stored:
             if cached.version.digest == self.model.digest:
                 return cached
             distance = self._history.distance(cached.version.digest)
-            if distance is not None and distance <= max(self.octets // 4, SMALL_OCTETS):
+            small = distance is not None and distance <= max(self.octets // 4, SMALL_OCTETS)
+            if small and not lacking(cached.version.mark, floor):
                 return cached
         self._snapshot = Snapshot(self.tenant.uid, self.version, self.model)
         return self._snapshot
+
+    def follow(self, follower: Follower | None, mark: Mark) -> None:
+        """For the store: from now on the follower says how new the content is; without one it stays at `mark`."""
+        self._follower, self._mark = follower, mark
 
     def change(
         self, put: Iterable[ServicePort], removed: Iterable[PortKey], timing: Timing | None, now: float
@@ -160,6 +189,17 @@ class Store:
         wanted = {port.key: port for port in ports}
         removed = [key for key in self._get(uid).model.ports if key not in wanted]
         return self.update(uid, wanted.values(), removed, timing)
+
+    def follow(self, uid: str, follower: Follower) -> Mark:
+        """`follower` keeps the tenant up to date from now on. Returns how new the content is. Raises UnknownTenant."""
+        stored = self._get(uid)
+        mark = stored.mark
+        stored.follow(follower, mark)
+        return mark
+
+    def announce(self, uid: str) -> None:
+        """Have everybody look at the tenant again, though its content may be the same."""
+        self._changed(uid)
 
     def set_synced(self, uid: str) -> None:
         """Content is complete: from now on it may be served. Never unset. Raises UnknownTenant."""

@@ -8,6 +8,10 @@ like any other: a huge tenant never delays a small one.
 Nothing is said of what is not known for sure. A tenant that was not synced in this run is not mentioned, so a node
 keeps what it has; that a tenant is no longer placed on the node, which pods it has and what else it is, is said only
 once the placement is ready, that is, complete.
+
+Nor is a node taken back in time. What it held when it came, from this replica or another, is a floor (its mark), and
+what may be older than that is not sent: the store is told that it was overtaken, and the node keeps what it has until
+this brain has found out what is true (see chronicle).
 """
 
 import time
@@ -16,9 +20,10 @@ from typing import NamedTuple, Protocol
 
 from vcproxy.brain import encoding
 from vcproxy.brain.admission import Admission, Ticket
-from vcproxy.brain.encoding import Snapshot
+from vcproxy.brain.encoding import Snapshot, Version
 from vcproxy.brain.progress import NodeStatus, Progress, TenantStatus
 from vcproxy.brain.store import Store, Stored
+from vcproxy.model.mark import UNMARKED, Mark, Position, lacking
 from vcproxy.model.node import NodeFacts
 from vcproxy.model.tenant import EMPTY_DIGEST, Tenant
 from vcproxy.pb import convert, distribution_pb2
@@ -56,17 +61,24 @@ class Message(NamedTuple):
 
 
 class Greeting(NamedTuple):
-    """A Hello, checked: `known` is what the node holds, tenant uid -> digest."""
+    """A Hello, checked: `known` is what the node holds, tenant uid -> digest, and `marks` how new that is."""
 
     node: str
     agent: str
     known: Mapping[str, bytes]
+    marks: Mapping[str, Mark] = {}
 
 
 class _Tenant:
-    """What the node was told of one tenant."""
+    """What the node was told of one tenant.
 
-    def __init__(self, digest: bytes | None, clock: Callable[[], float]) -> None:
+    `floor`: how new that was what it came with; nothing once it has newer content from this stream.
+    """
+
+    def __init__(self, digest: bytes | None, clock: Callable[[], float], floor: Mark = UNMARKED) -> None:
+        self.floor = floor
+        self.shown: Mark = UNMARKED  # with the facts
+        self.behind = ""
         self.facts: Tenant | None = None
         self.digest = EMPTY_DIGEST if digest is None else digest
         self.refresh = False  # what the node holds is wrong, whatever its digest
@@ -111,7 +123,8 @@ class Stream:
         self._admission = admission
         self._wake = wake
         self._clock = clock
-        self._told = {uid: _Tenant(digest, clock) for uid, digest in greeting.known.items()}
+        marks = greeting.marks
+        self._told = {uid: _Tenant(held, clock, marks.get(uid, UNMARKED)) for uid, held in greeting.known.items()}
         self._dirty = dict.fromkeys(self._told)
         self._version = version
         self._welcomed = False
@@ -192,21 +205,30 @@ class Stream:
         if told.paused:
             return None
         if told.facts != stored.tenant:
-            told.facts = stored.tenant
-            return Message("added", encoding.encode_added(stored.tenant))
+            return self._introduce(told, stored)
         return self._content(told, stored) or self._condition(told, stored)
+
+    @staticmethod
+    def _introduce(told: _Tenant, stored: Stored) -> Message:
+        told.facts, told.shown = stored.tenant, stored.mark
+        return Message("added", encoding.encode_added(stored.tenant, told.shown))
 
     def _content(self, told: _Tenant, stored: Stored) -> Message | None:
         """The next step towards the newest content, None if there is none to take now."""
         if told.snapshot is None:
             if told.digest == stored.model.digest and not told.refresh:
-                return None
+                return self._judge_age(told, stored, UNMARKED)
+            if told.floor:
+                missing = lacking(stored.mark, told.floor)
+                if missing or told.behind:
+                    return self._judge_age(told, stored, missing)
+                if lacking(told.shown, told.floor):
+                    return self._introduce(told, stored)
             delta = None if told.refresh else stored.delta(told.digest)
-            if delta is not None:
-                told.digest = delta.after.digest
-                told.progress.sent(delta.after)
+            if delta is not None and self._fits(delta.after, told, stored):
+                self._took(told, delta.after, stored)
                 return Message("delta", delta.message)
-            told.snapshot = stored.snapshot()
+            told.snapshot = stored.snapshot(told.floor)
         if told.ticket is None or not told.ticket.held:
             # Asked for a second time only by a stream whose lease ran out; while it queues, other tenants take turns.
             if told.ticket is None or not told.ticket.queued:
@@ -218,16 +240,39 @@ class Stream:
         message = Message("snapshot", told.snapshot.part(told.part))
         told.part += 1
         if told.part == len(told.snapshot):
-            told.digest, told.refresh = told.snapshot.version.digest, False
-            told.progress.sent(told.snapshot.version)
+            told.refresh = False
+            self._took(told, told.snapshot.version, stored)
             told.forget_snapshot()
         return message
+
+    @staticmethod
+    def _fits(version: Version, told: _Tenant, stored: Stored) -> bool:
+        """Whether a content is not older than what the node came with; the newest is known not to be."""
+        return version.digest == stored.model.digest or not lacking(version.mark, told.floor)
+
+    @staticmethod
+    def _took(told: _Tenant, version: Version, stored: Stored) -> None:
+        told.digest = version.digest
+        if version.digest == stored.model.digest:
+            told.floor = UNMARKED
+        told.progress.sent(version)
+
+    @staticmethod
+    def _judge_age(told: _Tenant, stored: Stored, missing: Mark) -> Message | None:
+        """What is to be said of this brain being behind the node in these kinds, if that is new."""
+        reason = "; ".join(_behind(kind, wanted, stored.mark[kind]) for kind, wanted in missing.items())
+        if missing:
+            stored.overtaken(missing)
+        if bool(reason) == bool(told.behind):
+            return None
+        told.behind = reason
+        return Message("behind", encoding.encode_behind(stored.tenant.uid, reason))
 
     def _condition(self, told: _Tenant, stored: Stored) -> Message | None:
         if told.snapshot is not None:
             return None
         uid = stored.tenant.uid
-        if not told.synced:
+        if not told.synced and not told.behind:
             told.synced = True
             return Message("synced", encoding.encode_synced(uid, stored.version))
         stale = (stored.stale_since, stored.stale_reason)
@@ -272,5 +317,11 @@ class Stream:
         for uid in sorted(self.entitled):
             told, stored = self._told.get(uid), self._store.tenants().get(uid)
             if told is not None and stored is not None:
-                tenants.append(told.progress.status(uid, stored.tenant.name, stored.version))
+                tenants.append(told.progress.status(uid, stored.tenant.name, stored.version, told.behind))
         return NodeStatus(self.node, self._peer, self._agent, self._since, tuple(tenants))
+
+
+def _behind(kind: str, wanted: Position, held: Position) -> str:
+    if held.epoch < wanted.epoch:
+        return f"the history of {kind}s was rewritten, and this brain has not read it since"
+    return f"this brain has read {kind}s up to version {held.seen}, the node has version {wanted.changed}"

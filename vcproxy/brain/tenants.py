@@ -260,5 +260,6 @@ class Tenants:
         self._expiries.forget(uid)
         for metric in (metrics.EVENTS, metrics.STALE):
             metric.remove(uid)
-        metrics.REFUSED.remove_by_labels({"tenant": uid})
+        for series in (metrics.REFUSED, metrics.RELISTED):
+            series.remove_by_labels({"tenant": uid})
         _log.info("tenant gone", tenant=uid)

@@ -88,9 +88,15 @@ def _print_status(answer: Mapping[str, Any]) -> None:
     for row in answer["tenants"]:
         for key, reason in row.get("rejections", {}).items():
             click.secho(f"rejected: {row['uid']} {key}: {reason}", fg="red")
+        if row.get("behind"):
+            click.secho(f"behind: {row['uid']}: {row['behind']}", fg="yellow")
     if answer.get("nodes"):
         click.echo()
         table(map(_readable, _streams(answer["nodes"])), STREAMS)
+    for node in answer.get("nodes", ()):
+        for uid, row in node["byTenant"].items():
+            if row["behind"]:
+                click.secho(f"behind node {node['node']}: {uid}: {row['behind']}", fg="yellow")
 
 
 def _streams(nodes: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

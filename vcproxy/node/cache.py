@@ -139,7 +139,7 @@ class Cache:
             return lambda: path.unlink(missing_ok=True)
         if not held.synced:
             return None
-        tenant = TenantImage(held.tenant, tuple(held.model), held.revision, held.brain, held.model.digest)
+        tenant = TenantImage(held.tenant, tuple(held.model), held.revision, held.brain, held.model.digest, held.mark)
         return lambda: _replace(path, statefile.encode_tenant(tenant, node=self._node))
 
     # Reading.
@@ -167,8 +167,8 @@ class Cache:
         return Remembered(tenants, self._image.facts, self._image.placement)
 
     def _held(self, data: bytes, *, uid: str) -> Held:
-        tenant, model, revision, brain = statefile.decode_tenant(data, node=self._node, uid=uid)
-        return Held(tenant, model, revision, brain, synced=True)
+        tenant, model, revision, brain, mark = statefile.decode_tenant(data, node=self._node, uid=uid)
+        return Held(tenant, model, revision, brain, synced=True, mark=mark)
 
 
 def _usable(path: Path, decode: Callable[[bytes], T]) -> T | None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from vcproxy.model.mark import UNMARKED, Mark
 from vcproxy.model.node import NodeFacts
 from vcproxy.model.services import PortKey
 from vcproxy.model.tenant import Tenant, TenantModel
@@ -28,7 +29,8 @@ class Held(msgspec.Struct):
     `revision` counts within `brain` (the id of one run of one brain; "" when nothing was received); only the model's
     digest says whether two contents are equal. `synced`: the model is, or once was, all that a brain had: from then on
     empty means empty. It is never unset. `stale_since`: Unix seconds since when the tenant's API server cannot be
-    reached, None if it can.
+    reached, None if it can. `mark`: how new the content is; nothing older is taken. `behind`: why the brain sends
+    nothing newer, since it may have less than this node; "" when it has not said so.
     """
 
     tenant: Tenant
@@ -38,6 +40,8 @@ class Held(msgspec.Struct):
     synced: bool = False
     stale_since: float | None = None
     stale_reason: str = ""
+    mark: Mark = UNMARKED
+    behind: str = ""
 
 
 class Holdings:

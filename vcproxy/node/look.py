@@ -55,6 +55,7 @@ def status_of(agent: Agent, problems: Iterable[str] = ()) -> dict[str, Any]:
     troubled = any(
         not row["synced"]
         or row["staleSince"]
+        or row["behind"]
         or row["rejected"]
         or row["error"]
         or (row["committedRevision"] is None and not row["adopted"])
@@ -103,6 +104,7 @@ def tenant_rows(agent: Agent) -> list[dict[str, Any]]:
                 "rejections": {str(key): reason for key, reason in sorted(state.rejected.items())},
                 "staleSince": held.stale_since,
                 "staleReason": held.stale_reason,
+                "behind": held.behind,
                 "error": state.error,
             }
         )

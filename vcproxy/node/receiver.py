@@ -4,6 +4,9 @@ Everything that arrives is checked, and content counts only when its digest is r
 taken back if it does not fit; a snapshot is collected beside what is held and swapped in at its end. So the holdings
 always are some revision of the tenant, whatever happens on the stream.
 
+Nor does a node go back in time: content that may be older than what is held (`Held.mark`) is not accepted. A brain says
+where it is with a tenant before it sends content, and what a stream brings after that only gets newer.
+
 A tenant whose content cannot be accepted is asked for again, at once and then ever more seldom, and what the stream
 says of it until then is ignored. Other tenants do not notice. Only what belongs to no tenant (an undecodable message, a
 bad placement) ends the stream: `ProtocolError`.
@@ -16,6 +19,7 @@ from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
+from vcproxy.model.mark import UNMARKED, Mark, lacking, raised
 from vcproxy.model.services import PortKey, ServicePort
 from vcproxy.model.tenant import SUPER_UID, ModelMismatch, Operation, PatchEndpoints, PutPort, TenantModel
 from vcproxy.node.holdings import (
@@ -41,6 +45,7 @@ LARGEST_PART = 64 << 20
 """Octets that a compressed part may become: a hundred times what a brain makes."""
 
 RECENT = 64
+LONGEST_REASON = 512
 REFRESH_SECONDS = (0.0, 1.0, 5.0, 30.0, 120.0)
 
 _log = logs.get("session")
@@ -64,6 +69,7 @@ class _Arriving:
         self.revision = message.revision
         self.digest = message.digest
         self.parts = message.parts
+        self.mark = convert.decode_mark(message.tenant, message.mark)
         self.next = 0
         self.spent = 0  # nanoseconds
         self.model = TenantModel()
@@ -99,17 +105,24 @@ class Receiver:
         self._awaiting: dict[str, Timer | None] = {}  # asked for anew, or about to be
         self._failures: dict[str, int] = {}
         self._recent: dict[str, dict[bytes, int]] = {}  # uid -> digest -> revision of this brain, newest last
+        self._floors: dict[str, Mark] = {}  # as Hello said, until content of this stream was taken
+        self._brain_at: dict[str, Mark] = {}
 
     def start(self, node: str, agent: str) -> bytes:
         """A stream begins: forget what belonged to the last one. Returns the Hello."""
         self.stop()
+        self._floors = {uid: held.mark for uid, held in self._holdings.tenants.items()}
         return distribution_pb2.NodeMessage(
             hello=distribution_pb2.Hello(
                 node=node,
                 agent=agent,
                 known=[
                     distribution_pb2.Known(
-                        tenant=uid, revision=held.revision, brain=held.brain, digest=held.model.digest
+                        tenant=uid,
+                        revision=held.revision,
+                        brain=held.brain,
+                        digest=held.model.digest,
+                        mark=convert.encode_mark(held.mark),
                     )
                     for uid, held in self._holdings.tenants.items()
                 ],
@@ -120,6 +133,10 @@ class Receiver:
         """The stream is over."""
         self._welcomed = False
         self._arriving.clear()
+        self._floors.clear()
+        self._brain_at.clear()
+        for held in self._holdings.tenants.values():
+            self._set_behind(held, "")
         for timer in self._awaiting.values():
             if timer is not None:
                 timer.cancel()
@@ -152,6 +169,8 @@ class Receiver:
                     self._guarded(synced.tenant, synced.revision, lambda held: self._synced(held, synced))
                 case "stale":
                     self._stale(message.stale)
+                case "behind":
+                    self._fell_behind(message.behind)
                 case "removed":
                     self._removed(message.removed.tenant)
                 case "complete":
@@ -178,6 +197,7 @@ class Receiver:
 
     def _added(self, message: distribution_pb2.TenantAdded) -> None:
         tenant = convert.decode_tenant(message)
+        self._brain_at[tenant.uid] = convert.decode_mark(tenant.uid, message.mark)
         held = self._holdings.get(tenant.uid)
         if held is None:
             self._holdings.put(Held(tenant))
@@ -194,11 +214,41 @@ class Receiver:
             held.stale_since, held.stale_reason = since, reason
             self._sink(TenantStale(message.tenant, since, reason))
 
+    def _fell_behind(self, message: distribution_pb2.TenantBehind) -> None:
+        held = self._holdings.get(message.tenant)
+        if held is None:
+            return
+        reason = message.reason[:LONGEST_REASON]
+        if reason and not held.behind:
+            _log.warning("the brain may have less than this node", tenant=message.tenant, reason=reason)
+        self._set_behind(held, reason)
+
+    @staticmethod
+    def _set_behind(held: Held, reason: str) -> None:
+        metrics.BEHIND.inc(bool(reason) - bool(held.behind))
+        held.behind = reason
+
+    def behind(self) -> list[str]:
+        """Tenants of which the brain sends nothing, since it may have less than this node."""
+        return [uid for uid, held in self._holdings.tenants.items() if held.behind]
+
+    def _judge_age(self, held: Held) -> None:
+        """Raises ModelMismatch if what the brain is about to send may be older than what is held."""
+        uid = held.tenant.uid
+        missing = lacking(self._brain_at.get(uid, UNMARKED), self._floors.get(uid, UNMARKED))
+        if missing:
+            kind, wanted = next(iter(missing.items()))
+            raise ModelMismatch(f"it may be older than what is held, which is of {kind}s up to {wanted.changed}")
+
     def _removed(self, uid: str) -> None:
         self._settled(uid)
         self._failures.pop(uid, None)
         self._recent.pop(uid, None)
-        if self._holdings.drop(uid) is not None:
+        self._floors.pop(uid, None)
+        self._brain_at.pop(uid, None)
+        held = self._holdings.drop(uid)
+        if held is not None:
+            self._set_behind(held, "")
             self._sink(TenantGone(uid))
 
     def _placement(self, message: distribution_pb2.Placement) -> None:
@@ -220,6 +270,7 @@ class Receiver:
     def _snapshot(self, held: Held, message: distribution_pb2.Snapshot) -> None:
         uid, began = message.tenant, time.perf_counter_ns()
         if message.part == 0:
+            self._judge_age(held)
             self._arriving[uid] = _Arriving(message)
         arriving = self._arriving.get(uid)
         if arriving is None and uid in self._awaiting:
@@ -235,7 +286,7 @@ class Receiver:
         del self._arriving[uid]
         if arriving.model.digest != message.digest:
             raise ModelMismatch(f"the snapshot of revision {message.revision} has another digest than announced")
-        before, held.model = held.model.ports, arriving.model
+        before, held.model, held.mark = held.model.ports, arriving.model, raised(held.mark, arriving.mark)
         metrics.RECEIVED.labels("snapshot").inc()
         self._accepted(held, message.revision, message.digest, arriving.spent)
         counted = extent({**dict.fromkeys(held.model.ports), **before}, held.model) if uid == SUPER_UID else None
@@ -245,8 +296,11 @@ class Receiver:
         uid, began = message.tenant, time.perf_counter_ns()
         if uid in self._awaiting:
             return
+        self._judge_age(held)
         operations = [convert.decode_operation(uid, operation) for operation in message.operations]
+        mark = convert.decode_mark(uid, message.mark)
         before = apply(uid, held.model, operations, digest=message.digest)
+        held.mark = raised(held.mark, mark)
         metrics.RECEIVED.labels("delta").inc()
         self._accepted(held, message.to, message.digest, time.perf_counter_ns() - began)
         timing = convert.decode_timing(message.timing)
@@ -260,10 +314,18 @@ class Receiver:
         if held.model.digest != message.digest:
             raise ModelMismatch(f"what is held has another digest than revision {message.revision}")
         held.synced = True
-        self._accepted(held, message.revision, message.digest, 0)
+        # The same content: what this brain does not speak of is as new as it was.
+        held.mark = {**held.mark, **raised(held.mark, convert.decode_mark(uid, message.mark))}
+        self._recognised(held, message.revision, message.digest, 0)
         self._sink(TenantSynced(uid))
 
     def _accepted(self, held: Held, revision: int, digest: bytes, nanoseconds: int) -> None:
+        self._floors.pop(held.tenant.uid, None)
+        self._set_behind(held, "")
+        self._recognised(held, revision, digest, nanoseconds)
+
+    def _recognised(self, held: Held, revision: int, digest: bytes, nanoseconds: int) -> None:
+        """What is held is a content of the brain."""
         uid = held.tenant.uid
         held.revision, held.brain = revision, self._brain
         recent = self._recent.setdefault(uid, {})

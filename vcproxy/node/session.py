@@ -5,6 +5,11 @@ will do, because what is held is named by digests: addresses are tried in turn, 
 nodes spread. A pause between attempts grows with each round and is jittered, so that a brain that comes back is not met
 by a thousand nodes at the same instant.
 
+A brain that is behind this node in some tenant (it says so, see receiver) sends nothing of it until it has caught up.
+It gets `PATIENCE` for that; then another replica is tried, and again ever more seldom: where no replica can read the
+tenant's API server, moving on is of no use. A name that stands for several replicas is dialled at a random one of its
+addresses, not at the first.
+
 Certificates are read at each attempt: gRPC's client side cannot reload them, and a rotation does not end a stream that
 stands. A brain that is dead but whose connection stands is noticed by pings, within `keepalive` plus its timeout
 (`grpc.http2.ping_timeout_ms` is what counts; without it gRPC waits more than a minute whatever the keepalive options).
@@ -38,6 +43,13 @@ FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 10.0
 STABLE = 10.0
 """Seconds after which a stream that ends counts as a success: pauses start small again."""
+
+PATIENCE = 10.0
+LONGEST_PATIENCE = 640.0
+"""Seconds that a brain may be behind before another is tried; doubled each time, until nothing is behind."""
+LOOK_EVERY = 1.0
+
+_ANY_ADDRESS = '{"loadBalancingConfig":[{"pick_first":{"shuffleAddressList":true}}]}'  # gRFC A62
 
 _log = logs.get("session")
 
@@ -100,6 +112,7 @@ class Session:
         self._sleep = sleep
         self._chance = chance or random.Random()
         self._brains = self._chance.sample(list(brains), len(brains))
+        self._patience = PATIENCE
         self._wake = asyncio.Event()
         self._outbox = Outbox(self._wake.set)
         self._receiver = Receiver(
@@ -159,6 +172,8 @@ class Session:
             async with asyncio.TaskGroup() as group, self._channel(address) as channel:
                 call: Call = channel.stream_stream(METHOD)()
                 group.create_task(self._write(call, hello))
+                if not address.startswith("unix:"):
+                    group.create_task(self._judge_brain())
                 try:
                     await self._read(call)
                 finally:
@@ -184,6 +199,7 @@ class Session:
             # No proxy from the environment, and no connection (or its backoff) left over from an earlier attempt.
             ("grpc.enable_http_proxy", 0),
             ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.service_config", _ANY_ADDRESS),
         ]
         if self._tls.server_name:
             options.append(("grpc.ssl_target_name_override", self._tls.server_name))
@@ -209,6 +225,21 @@ class Session:
             raise StreamEnded(f"{error.code().name}: {error.details()}") from None
         except ProtocolError as error:
             raise StreamEnded(f"what the brain sent makes no sense: {error}") from None
+
+    async def _judge_brain(self) -> Never:
+        """Raises StreamEnded when the brain has been behind for long."""
+        since: float | None = None
+        while True:
+            await self._sleep(LOOK_EVERY)
+            behind, now = self._receiver.behind(), self._clock()
+            if not behind:
+                since, self._patience = None, PATIENCE
+            elif since is None:
+                since = now
+            elif now - since >= self._patience:
+                self._patience = min(2 * self._patience, LONGEST_PATIENCE)
+                many = f"{len(behind)} tenants, {behind[0]} among them"
+                raise StreamEnded(f"this brain is behind in {many}; another is asked")
 
     async def _write(self, call: Call, hello: bytes) -> None:
         await _send(call, hello)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
+from vcproxy.model.mark import UNMARKED, Mark, Position
 from vcproxy.model.node import NodeFacts
 from vcproxy.model.services import ServicePort
 from vcproxy.model.tenant import Tenant, TenantModel
@@ -41,6 +42,7 @@ class TenantImage(msgspec.Struct, frozen=True):
     revision: int
     brain: str
     digest: bytes
+    mark: Mark = UNMARKED
 
 
 class NodeImage(msgspec.Struct, frozen=True):
@@ -56,6 +58,7 @@ class _TenantHeader(msgspec.Struct, frozen=True):
     revision: int
     brain: str
     digest: bytes
+    mark: dict[str, Position] = {}  # not there in files of versions that had none
 
 
 class _NodeHeader(msgspec.Struct, frozen=True):
@@ -71,14 +74,14 @@ _ports = msgspec.msgpack.Decoder(list[ServicePort])
 
 def encode_tenant(image: TenantImage, *, node: str) -> Iterator[bytes]:
     """The file of a tenant, in pieces."""
-    header = _TenantHeader(node, image.tenant, image.revision, image.brain, image.digest)
+    header = _TenantHeader(node, image.tenant, image.revision, image.brain, image.digest, dict(image.mark))
     starts = range(0, len(image.ports), FRAME_PORTS)
     chunks = (image.ports[start : start + FRAME_PORTS] for start in starts)
     return _sealed(itertools.chain((_encode(header),), map(_encode, chunks)))
 
 
-def decode_tenant(data: bytes, *, node: str, uid: str) -> tuple[Tenant, TenantModel, int, str]:
-    """(tenant, model, revision, brain) of a file that is named after `uid`. Raises UnusableState."""
+def decode_tenant(data: bytes, *, node: str, uid: str) -> tuple[Tenant, TenantModel, int, str, Mark]:
+    """(tenant, model, revision, brain, mark) of a file that is named after `uid`. Raises UnusableState."""
     first, *rest = _unsealed(data)
     try:
         header = _tenant_header.decode(first)
@@ -90,7 +93,7 @@ def decode_tenant(data: bytes, *, node: str, uid: str) -> tuple[Tenant, TenantMo
         raise UnusableState(f"it does not decode: {error}") from error
     if model.digest != header.digest:
         raise UnusableState("its content does not have the digest it claims: another version wrote it")
-    return header.tenant, model, header.revision, header.brain
+    return header.tenant, model, header.revision, header.brain, header.mark
 
 
 def encode_node(image: NodeImage, *, node: str) -> Iterator[bytes]:

@@ -39,6 +39,12 @@ CREDENTIALS_EXPIRY = Gauge(
     ["tenant"],
     registry=REGISTRY,
 )
+RELISTED = Counter(
+    "vcproxy_lists_for_nodes_ahead",
+    "Times all was listed because a node had newer content than this brain",
+    ["tenant"],
+    registry=REGISTRY,
+)
 NODES = Gauge("vcproxy_nodes_connected", "Node agents connected", registry=REGISTRY)
 SENT_BYTES = Counter("vcproxy_sent_bytes", "Bytes sent to nodes", ["message"], registry=REGISTRY)
 COMPILE = Histogram("vcproxy_compile_seconds", "From watch event to new revision", buckets=_SECONDS, registry=REGISTRY)
@@ -60,6 +66,9 @@ FAILURES = Counter(
 REPAIRS = Counter("vcproxy_repairs", "Times that foreign changes to the table were mended", registry=REGISTRY)
 CACHE_FAILURES = Counter("vcproxy_cache_failures", "Times the last good state could not be written", registry=REGISTRY)
 CONNECTED = Gauge("vcproxy_brain_connected", "1 while the stream from a brain is up", registry=REGISTRY)
+BEHIND = Gauge(
+    "vcproxy_tenants_brain_behind", "Tenants of which the brain may have less than this node", registry=REGISTRY
+)
 
 
 def value(name: str, labels: Mapping[str, str] | None = None) -> float:

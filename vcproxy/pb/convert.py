@@ -16,6 +16,7 @@ from operator import or_
 from vcproxy.model import endpoints
 from vcproxy.model.addresses import Prefix
 from vcproxy.model.endpoints import HintSet
+from vcproxy.model.mark import Mark, Position
 from vcproxy.model.node import NodeFacts
 from vcproxy.model.services import Frontend, FrontendKind, PortKey, Protocol, ServicePort
 from vcproxy.model.tenant import DIGEST_OCTETS, Operation, PatchEndpoints, PutPort, RemovePort, Tenant
@@ -25,6 +26,7 @@ from vcproxy.pb import distribution_pb2, model_pb2
 MAX_AFFINITY_SECONDS = 86400  # core/v1 ClientIPConfig.timeoutSeconds
 LONGEST_NAME = 253
 LONGEST_TENANT_NAME = 1024
+MOST_KINDS = 16
 
 _UID = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
@@ -245,10 +247,29 @@ def decode_timing(message: distribution_pb2.Timing) -> Timing | None:
     return timing if timing != Timing() else None
 
 
-def encode_tenant(tenant: Tenant) -> distribution_pb2.TenantAdded:
-    """A tenant's facts."""
+def encode_mark(mark: Mark) -> list[distribution_pb2.Position]:
+    """How new a content is."""
+    return [
+        distribution_pb2.Position(kind=kind, changed=at.changed, seen=at.seen, epoch=at.epoch)
+        for kind, at in mark.items()
+    ]
+
+
+def decode_mark(tenant: str, messages: Sequence[distribution_pb2.Position]) -> Mark:
+    """A mark, checked; empty if there is none. Raises MalformedModel."""
+    mark = {said.kind: Position(said.changed, said.seen, said.epoch) for said in messages}
+    if len(messages) > MOST_KINDS or len(mark) < len(messages) or any(len(kind) > LONGEST_NAME for kind in mark):
+        raise MalformedModel(tenant, None, f"a mark of {len(messages)} kinds, or one twice, or with a long name")
+    return mark
+
+
+def encode_tenant(tenant: Tenant, mark: Mark) -> distribution_pb2.TenantAdded:
+    """A tenant's facts, and where the brain is with it."""
     return distribution_pb2.TenantAdded(
-        tenant=tenant.uid, name=tenant.name, virtual_ranges=encode_prefixes(tenant.virtual_ranges)
+        tenant=tenant.uid,
+        name=tenant.name,
+        virtual_ranges=encode_prefixes(tenant.virtual_ranges),
+        mark=encode_mark(mark),
     )
 
 

@@ -25,57 +25,61 @@ _sym_db = _symbol_database.Default()
 from vcproxy.pb import model_pb2 as vcproxy_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dvcproxy/v1/distribution.proto\x12\nvcproxy.v1\x1a\x16vcproxy/v1/model.proto\"\xb8\x01\n\x0bNodeMessage\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.vcproxy.v1.HelloH\x00\x12\x1e\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x0f.vcproxy.v1.AckH\x00\x12*\n\tsubscribe\x18\x03 \x01(\x0b\x32\x15.vcproxy.v1.SubscribeH\x00\x12.\n\x0bunsubscribe\x18\x04 \x01(\x0b\x32\x17.vcproxy.v1.UnsubscribeH\x00\x42\t\n\x07message\"X\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\x12 \n\x05known\x18\x04 \x03(\x0b\x32\x11.vcproxy.v1.Known\"H\n\x05Known\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\r\n\x05\x62rain\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"\xa9\x01\n\x03\x41\x63k\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12 \n\x05stage\x18\x03 \x01(\x0e\x32\x11.vcproxy.v1.Stage\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12)\n\nrejections\x18\x05 \x03(\x0b\x32\x15.vcproxy.v1.Rejection\x12\x14\n\x0cmicroseconds\x18\x06 \x01(\x04\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"=\n\tRejection\x12 \n\x03key\x18\x01 \x01(\x0b\x32\x13.vcproxy.v1.PortKey\x12\x0e\n\x06reason\x18\x02 \x01(\t\",\n\tSubscribe\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07refresh\x18\x02 \x01(\x08\"\x1d\n\x0bUnsubscribe\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"\xbc\x03\n\x0c\x42rainMessage\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.vcproxy.v1.WelcomeH\x00\x12(\n\x05\x61\x64\x64\x65\x64\x18\x02 \x01(\x0b\x32\x17.vcproxy.v1.TenantAddedH\x00\x12(\n\x08snapshot\x18\x03 \x01(\x0b\x32\x14.vcproxy.v1.SnapshotH\x00\x12\"\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32\x11.vcproxy.v1.DeltaH\x00\x12$\n\x06synced\x18\x05 \x01(\x0b\x32\x12.vcproxy.v1.SyncedH\x00\x12(\n\x05stale\x18\x06 \x01(\x0b\x32\x17.vcproxy.v1.TenantStaleH\x00\x12,\n\x07removed\x18\x07 \x01(\x0b\x32\x19.vcproxy.v1.TenantRemovedH\x00\x12*\n\tplacement\x18\x08 \x01(\x0b\x32\x15.vcproxy.v1.PlacementH\x00\x12&\n\x05\x66\x61\x63ts\x18\t \x01(\x0b\x32\x15.vcproxy.v1.NodeFactsH\x00\x12/\n\x08\x63omplete\x18\n \x01(\x0b\x32\x1b.vcproxy.v1.TenantsCompleteH\x00\x42\t\n\x07message\";\n\x07Welcome\x12\r\n\x05\x62rain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\"W\n\x0bTenantAdded\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12*\n\x0evirtual_ranges\x18\x03 \x03(\x0b\x32\x12.vcproxy.v1.Prefix\"\x90\x01\n\x08Snapshot\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0c\n\x04part\x18\x04 \x01(\r\x12\r\n\x05parts\x18\x05 \x01(\r\x12&\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x14.vcproxy.v1.Encoding\x12\r\n\x05ports\x18\x07 \x01(\x0c\"\x90\x01\n\x05\x44\x65lta\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04\x66rom\x18\x02 \x01(\x04\x12\n\n\x02to\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12)\n\noperations\x18\x05 \x03(\x0b\x32\x15.vcproxy.v1.Operation\x12\"\n\x06timing\x18\x06 \x01(\x0b\x32\x12.vcproxy.v1.Timing\";\n\x06Timing\x12\r\n\x05\x65vent\x18\x01 \x01(\x04\x12\x10\n\x08received\x18\x02 \x01(\x04\x12\x10\n\x08\x63ompiled\x18\x03 \x01(\x04\":\n\x06Synced\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"<\n\x0bTenantStale\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\r\n\x05since\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x1f\n\rTenantRemoved\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"\"\n\x0fTenantsComplete\x12\x0f\n\x07tenants\x18\x01 \x03(\t\"R\n\tPlacement\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\"\n\x03put\x18\x02 \x03(\x0b\x32\x15.vcproxy.v1.PlacedPod\x12\x0f\n\x07removed\x18\x03 \x03(\x0c\",\n\tPlacedPod\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0c\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"h\n\tNodeFacts\x12\x0c\n\x04zone\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\x0c\x12&\n\npod_ranges\x18\x03 \x03(\x0b\x32\x12.vcproxy.v1.Prefix\x12\x12\n\nineligible\x18\x04 \x01(\x08*;\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x0c\n\x08RECEIVED\x10\x01\x12\r\n\tCOMMITTED\x10\x02*\x1f\n\x08\x45ncoding\x12\t\n\x05PLAIN\x10\x00\x12\x08\n\x04ZLIB\x10\x01\x32N\n\x0c\x44istribution\x12>\n\x05Watch\x12\x17.vcproxy.v1.NodeMessage\x1a\x18.vcproxy.v1.BrainMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dvcproxy/v1/distribution.proto\x12\nvcproxy.v1\x1a\x16vcproxy/v1/model.proto\"\xb8\x01\n\x0bNodeMessage\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.vcproxy.v1.HelloH\x00\x12\x1e\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x0f.vcproxy.v1.AckH\x00\x12*\n\tsubscribe\x18\x03 \x01(\x0b\x32\x15.vcproxy.v1.SubscribeH\x00\x12.\n\x0bunsubscribe\x18\x04 \x01(\x0b\x32\x17.vcproxy.v1.UnsubscribeH\x00\x42\t\n\x07message\"X\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\x12 \n\x05known\x18\x04 \x03(\x0b\x32\x11.vcproxy.v1.Known\"l\n\x05Known\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\r\n\x05\x62rain\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\"\n\x04mark\x18\x05 \x03(\x0b\x32\x14.vcproxy.v1.Position\"F\n\x08Position\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07\x63hanged\x18\x02 \x01(\x04\x12\x0c\n\x04seen\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"\xa9\x01\n\x03\x41\x63k\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12 \n\x05stage\x18\x03 \x01(\x0e\x32\x11.vcproxy.v1.Stage\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12)\n\nrejections\x18\x05 \x03(\x0b\x32\x15.vcproxy.v1.Rejection\x12\x14\n\x0cmicroseconds\x18\x06 \x01(\x04\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"=\n\tRejection\x12 \n\x03key\x18\x01 \x01(\x0b\x32\x13.vcproxy.v1.PortKey\x12\x0e\n\x06reason\x18\x02 \x01(\t\",\n\tSubscribe\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07refresh\x18\x02 \x01(\x08\"\x1d\n\x0bUnsubscribe\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"\xe8\x03\n\x0c\x42rainMessage\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.vcproxy.v1.WelcomeH\x00\x12(\n\x05\x61\x64\x64\x65\x64\x18\x02 \x01(\x0b\x32\x17.vcproxy.v1.TenantAddedH\x00\x12(\n\x08snapshot\x18\x03 \x01(\x0b\x32\x14.vcproxy.v1.SnapshotH\x00\x12\"\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32\x11.vcproxy.v1.DeltaH\x00\x12$\n\x06synced\x18\x05 \x01(\x0b\x32\x12.vcproxy.v1.SyncedH\x00\x12(\n\x05stale\x18\x06 \x01(\x0b\x32\x17.vcproxy.v1.TenantStaleH\x00\x12,\n\x07removed\x18\x07 \x01(\x0b\x32\x19.vcproxy.v1.TenantRemovedH\x00\x12*\n\tplacement\x18\x08 \x01(\x0b\x32\x15.vcproxy.v1.PlacementH\x00\x12&\n\x05\x66\x61\x63ts\x18\t \x01(\x0b\x32\x15.vcproxy.v1.NodeFactsH\x00\x12/\n\x08\x63omplete\x18\n \x01(\x0b\x32\x1b.vcproxy.v1.TenantsCompleteH\x00\x12*\n\x06\x62\x65hind\x18\x0b \x01(\x0b\x32\x18.vcproxy.v1.TenantBehindH\x00\x42\t\n\x07message\";\n\x07Welcome\x12\r\n\x05\x62rain\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\"{\n\x0bTenantAdded\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12*\n\x0evirtual_ranges\x18\x03 \x03(\x0b\x32\x12.vcproxy.v1.Prefix\x12\"\n\x04mark\x18\x04 \x03(\x0b\x32\x14.vcproxy.v1.Position\"\xb4\x01\n\x08Snapshot\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0c\n\x04part\x18\x04 \x01(\r\x12\r\n\x05parts\x18\x05 \x01(\r\x12&\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x14.vcproxy.v1.Encoding\x12\r\n\x05ports\x18\x07 \x01(\x0c\x12\"\n\x04mark\x18\x08 \x03(\x0b\x32\x14.vcproxy.v1.Position\"\xb4\x01\n\x05\x44\x65lta\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04\x66rom\x18\x02 \x01(\x04\x12\n\n\x02to\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12)\n\noperations\x18\x05 \x03(\x0b\x32\x15.vcproxy.v1.Operation\x12\"\n\x06timing\x18\x06 \x01(\x0b\x32\x12.vcproxy.v1.Timing\x12\"\n\x04mark\x18\x07 \x03(\x0b\x32\x14.vcproxy.v1.Position\";\n\x06Timing\x12\r\n\x05\x65vent\x18\x01 \x01(\x04\x12\x10\n\x08received\x18\x02 \x01(\x04\x12\x10\n\x08\x63ompiled\x18\x03 \x01(\x04\"^\n\x06Synced\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\"\n\x04mark\x18\x04 \x03(\x0b\x32\x14.vcproxy.v1.Position\".\n\x0cTenantBehind\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"<\n\x0bTenantStale\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\r\n\x05since\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x1f\n\rTenantRemoved\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"\"\n\x0fTenantsComplete\x12\x0f\n\x07tenants\x18\x01 \x03(\t\"R\n\tPlacement\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\"\n\x03put\x18\x02 \x03(\x0b\x32\x15.vcproxy.v1.PlacedPod\x12\x0f\n\x07removed\x18\x03 \x03(\x0c\",\n\tPlacedPod\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0c\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"h\n\tNodeFacts\x12\x0c\n\x04zone\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\x0c\x12&\n\npod_ranges\x18\x03 \x03(\x0b\x32\x12.vcproxy.v1.Prefix\x12\x12\n\nineligible\x18\x04 \x01(\x08*;\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x0c\n\x08RECEIVED\x10\x01\x12\r\n\tCOMMITTED\x10\x02*\x1f\n\x08\x45ncoding\x12\t\n\x05PLAIN\x10\x00\x12\x08\n\x04ZLIB\x10\x01\x32N\n\x0c\x44istribution\x12>\n\x05Watch\x12\x17.vcproxy.v1.NodeMessage\x1a\x18.vcproxy.v1.BrainMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vcproxy.v1.distribution_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STAGE']._serialized_start=2111
-  _globals['_STAGE']._serialized_end=2170
-  _globals['_ENCODING']._serialized_start=2172
-  _globals['_ENCODING']._serialized_end=2203
+  _globals['_STAGE']._serialized_start=2455
+  _globals['_STAGE']._serialized_end=2514
+  _globals['_ENCODING']._serialized_start=2516
+  _globals['_ENCODING']._serialized_end=2547
   _globals['_NODEMESSAGE']._serialized_start=70
   _globals['_NODEMESSAGE']._serialized_end=254
   _globals['_HELLO']._serialized_start=256
   _globals['_HELLO']._serialized_end=344
   _globals['_KNOWN']._serialized_start=346
-  _globals['_KNOWN']._serialized_end=418
-  _globals['_ACK']._serialized_start=421
-  _globals['_ACK']._serialized_end=590
-  _globals['_REJECTION']._serialized_start=592
-  _globals['_REJECTION']._serialized_end=653
-  _globals['_SUBSCRIBE']._serialized_start=655
-  _globals['_SUBSCRIBE']._serialized_end=699
-  _globals['_UNSUBSCRIBE']._serialized_start=701
-  _globals['_UNSUBSCRIBE']._serialized_end=730
-  _globals['_BRAINMESSAGE']._serialized_start=733
-  _globals['_BRAINMESSAGE']._serialized_end=1177
-  _globals['_WELCOME']._serialized_start=1179
-  _globals['_WELCOME']._serialized_end=1238
-  _globals['_TENANTADDED']._serialized_start=1240
-  _globals['_TENANTADDED']._serialized_end=1327
-  _globals['_SNAPSHOT']._serialized_start=1330
-  _globals['_SNAPSHOT']._serialized_end=1474
-  _globals['_DELTA']._serialized_start=1477
-  _globals['_DELTA']._serialized_end=1621
-  _globals['_TIMING']._serialized_start=1623
-  _globals['_TIMING']._serialized_end=1682
-  _globals['_SYNCED']._serialized_start=1684
-  _globals['_SYNCED']._serialized_end=1742
-  _globals['_TENANTSTALE']._serialized_start=1744
-  _globals['_TENANTSTALE']._serialized_end=1804
-  _globals['_TENANTREMOVED']._serialized_start=1806
-  _globals['_TENANTREMOVED']._serialized_end=1837
-  _globals['_TENANTSCOMPLETE']._serialized_start=1839
-  _globals['_TENANTSCOMPLETE']._serialized_end=1873
-  _globals['_PLACEMENT']._serialized_start=1875
-  _globals['_PLACEMENT']._serialized_end=1957
-  _globals['_PLACEDPOD']._serialized_start=1959
-  _globals['_PLACEDPOD']._serialized_end=2003
-  _globals['_NODEFACTS']._serialized_start=2005
-  _globals['_NODEFACTS']._serialized_end=2109
-  _globals['_DISTRIBUTION']._serialized_start=2205
-  _globals['_DISTRIBUTION']._serialized_end=2283
+  _globals['_KNOWN']._serialized_end=454
+  _globals['_POSITION']._serialized_start=456
+  _globals['_POSITION']._serialized_end=526
+  _globals['_ACK']._serialized_start=529
+  _globals['_ACK']._serialized_end=698
+  _globals['_REJECTION']._serialized_start=700
+  _globals['_REJECTION']._serialized_end=761
+  _globals['_SUBSCRIBE']._serialized_start=763
+  _globals['_SUBSCRIBE']._serialized_end=807
+  _globals['_UNSUBSCRIBE']._serialized_start=809
+  _globals['_UNSUBSCRIBE']._serialized_end=838
+  _globals['_BRAINMESSAGE']._serialized_start=841
+  _globals['_BRAINMESSAGE']._serialized_end=1329
+  _globals['_WELCOME']._serialized_start=1331
+  _globals['_WELCOME']._serialized_end=1390
+  _globals['_TENANTADDED']._serialized_start=1392
+  _globals['_TENANTADDED']._serialized_end=1515
+  _globals['_SNAPSHOT']._serialized_start=1518
+  _globals['_SNAPSHOT']._serialized_end=1698
+  _globals['_DELTA']._serialized_start=1701
+  _globals['_DELTA']._serialized_end=1881
+  _globals['_TIMING']._serialized_start=1883
+  _globals['_TIMING']._serialized_end=1942
+  _globals['_SYNCED']._serialized_start=1944
+  _globals['_SYNCED']._serialized_end=2038
+  _globals['_TENANTBEHIND']._serialized_start=2040
+  _globals['_TENANTBEHIND']._serialized_end=2086
+  _globals['_TENANTSTALE']._serialized_start=2088
+  _globals['_TENANTSTALE']._serialized_end=2148
+  _globals['_TENANTREMOVED']._serialized_start=2150
+  _globals['_TENANTREMOVED']._serialized_end=2181
+  _globals['_TENANTSCOMPLETE']._serialized_start=2183
+  _globals['_TENANTSCOMPLETE']._serialized_end=2217
+  _globals['_PLACEMENT']._serialized_start=2219
+  _globals['_PLACEMENT']._serialized_end=2301
+  _globals['_PLACEDPOD']._serialized_start=2303
+  _globals['_PLACEDPOD']._serialized_end=2347
+  _globals['_NODEFACTS']._serialized_start=2349
+  _globals['_NODEFACTS']._serialized_end=2453
+  _globals['_DISTRIBUTION']._serialized_start=2549
+  _globals['_DISTRIBUTION']._serialized_end=2627
 # @@protoc_insertion_point(module_scope)

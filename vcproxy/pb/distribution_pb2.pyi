@@ -136,12 +136,17 @@ class Known(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     BRAIN_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """uid"""
     revision: _builtins.int
     """of the brain `brain`; only a hint: the digest decides"""
     brain: _builtins.str
     digest: _builtins.bytes
+    @_builtins.property
+    def mark(self) -> _containers.RepeatedCompositeFieldContainer[Global___Position]:
+        """the floor: nothing older is to be sent"""
+
     def __init__(
         self,
         *,
@@ -149,14 +154,51 @@ class Known(_message.Message):
         revision: _builtins.int = ...,
         brain: _builtins.str = ...,
         digest: _builtins.bytes = ...,
+        mark: _abc.Iterable[Global___Position] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["brain", b"brain", "digest", b"digest", "revision", b"revision", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["brain", b"brain", "digest", b"digest", "mark", b"mark", "revision", b"revision", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Known: _TypeAlias = Known  # noqa: Y015
+
+@_typing.final
+class Position(_message.Message):
+    """How new a content is, by one kind of objects: a place in the history of the API server that it came from. All brains
+    count alike. A kind that is missing cannot be compared; an older peer sends none, and is treated as ever.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    CHANGED_FIELD_NUMBER: _builtins.int
+    SEEN_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """"Service", "EndpointSlice" """
+    changed: _builtins.int
+    """resourceVersion at which the content last may have changed"""
+    seen: _builtins.int
+    """resourceVersion up to which everything is in it"""
+    epoch: _builtins.int
+    """a later one is newer whatever the versions: Unix milliseconds; history was rewritten then"""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        changed: _builtins.int = ...,
+        seen: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed", "epoch", b"epoch", "kind", b"kind", "seen", b"seen"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Position: _TypeAlias = Position  # noqa: Y015
 
 @_typing.final
 class Ack(_message.Message):
@@ -278,6 +320,7 @@ class BrainMessage(_message.Message):
     PLACEMENT_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    BEHIND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -298,6 +341,8 @@ class BrainMessage(_message.Message):
     def facts(self) -> Global___NodeFacts: ...
     @_builtins.property
     def complete(self) -> Global___TenantsComplete: ...
+    @_builtins.property
+    def behind(self) -> Global___TenantBehind: ...
     def __init__(
         self,
         *,
@@ -311,12 +356,13 @@ class BrainMessage(_message.Message):
         placement: Global___Placement | None = ...,
         facts: Global___NodeFacts | None = ...,
         complete: Global___TenantsComplete | None = ...,
+        behind: Global___TenantBehind | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "added", "snapshot", "delta", "synced", "stale", "removed", "placement", "facts", "complete"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "added", "snapshot", "delta", "synced", "stale", "removed", "placement", "facts", "complete", "behind"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -351,27 +397,33 @@ Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
 
 @_typing.final
 class TenantAdded(_message.Message):
-    """Precedes everything about a tenant; sent again when a fact of it changes."""
+    """Precedes everything about a tenant; sent again when a fact of it changes. `mark`: where the brain is with it, sent
+    again before the first content for a node that holds any.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TENANT_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     VIRTUAL_RANGES_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     name: _builtins.str
     @_builtins.property
     def virtual_ranges(self) -> _containers.RepeatedCompositeFieldContainer[_model_pb2.Prefix]: ...
+    @_builtins.property
+    def mark(self) -> _containers.RepeatedCompositeFieldContainer[Global___Position]: ...
     def __init__(
         self,
         *,
         tenant: _builtins.str = ...,
         name: _builtins.str = ...,
         virtual_ranges: _abc.Iterable[_model_pb2.Prefix] | None = ...,
+        mark: _abc.Iterable[Global___Position] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "tenant", b"tenant", "virtual_ranges", b"virtual_ranges"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mark", b"mark", "name", b"name", "tenant", b"tenant", "virtual_ranges", b"virtual_ranges"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -390,6 +442,7 @@ class Snapshot(_message.Message):
     PARTS_FIELD_NUMBER: _builtins.int
     ENCODING_FIELD_NUMBER: _builtins.int
     PORTS_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     revision: _builtins.int
     digest: _builtins.bytes
@@ -398,6 +451,8 @@ class Snapshot(_message.Message):
     encoding: Global___Encoding.ValueType
     ports: _builtins.bytes
     """ServicePorts"""
+    @_builtins.property
+    def mark(self) -> _containers.RepeatedCompositeFieldContainer[Global___Position]: ...
     def __init__(
         self,
         *,
@@ -408,10 +463,11 @@ class Snapshot(_message.Message):
         parts: _builtins.int = ...,
         encoding: Global___Encoding.ValueType = ...,
         ports: _builtins.bytes = ...,
+        mark: _abc.Iterable[Global___Position] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "encoding", b"encoding", "part", b"part", "parts", b"parts", "ports", b"ports", "revision", b"revision", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "encoding", b"encoding", "mark", b"mark", "part", b"part", "parts", b"parts", "ports", b"ports", "revision", b"revision", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -427,6 +483,7 @@ class Delta(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     OPERATIONS_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     to: _builtins.int
     digest: _builtins.bytes
@@ -435,6 +492,10 @@ class Delta(_message.Message):
     def operations(self) -> _containers.RepeatedCompositeFieldContainer[_model_pb2.Operation]: ...
     @_builtins.property
     def timing(self) -> Global___Timing: ...
+    @_builtins.property
+    def mark(self) -> _containers.RepeatedCompositeFieldContainer[Global___Position]:
+        """after applying"""
+
     def __init__(
         self,
         *,
@@ -443,10 +504,11 @@ class Delta(_message.Message):
         digest: _builtins.bytes = ...,
         operations: _abc.Iterable[_model_pb2.Operation] | None = ...,
         timing: Global___Timing | None = ...,
+        mark: _abc.Iterable[Global___Position] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "from", b"from", "operations", b"operations", "tenant", b"tenant", "timing", b"timing", "to", b"to"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "from", b"from", "mark", b"mark", "operations", b"operations", "tenant", b"tenant", "timing", b"timing", "to", b"to"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -490,23 +552,53 @@ class Synced(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     revision: _builtins.int
     digest: _builtins.bytes
+    @_builtins.property
+    def mark(self) -> _containers.RepeatedCompositeFieldContainer[Global___Position]: ...
     def __init__(
         self,
         *,
         tenant: _builtins.str = ...,
         revision: _builtins.int = ...,
         digest: _builtins.bytes = ...,
+        mark: _abc.Iterable[Global___Position] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "revision", b"revision", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "mark", b"mark", "revision", b"revision", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Synced: _TypeAlias = Synced  # noqa: Y015
+
+@_typing.final
+class TenantBehind(_message.Message):
+    """What this brain has of the tenant may be older than what the node holds: it sends nothing of it until it has caught
+    up. `reason` empty: it has.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantBehind: _TypeAlias = TenantBehind  # noqa: Y015
 
 @_typing.final
 class TenantStale(_message.Message):

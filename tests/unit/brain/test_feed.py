@@ -25,6 +25,7 @@ from vcproxy.kube.reflector import Broken, Deleted, Listed, Malformed, Recovered
 from vcproxy.kube.reflector import Timing as ReflectorTiming
 from vcproxy.model.addresses import format_target
 from vcproxy.model.endpoints import unpack
+from vcproxy.model.mark import Position
 from vcproxy.model.tenant import Tenant
 from vcproxy.model.timing import Timing
 
@@ -39,6 +40,7 @@ class Hand:
         self.sink: ObjectSink | None = None
         self.runs = 0
         self.fault: asyncio.Future[None] | None = None
+        self.versions: dict[str, str] = {}
 
     async def run(self, sink: ObjectSink) -> NoReturn:
         self.sink, self.runs = sink, self.runs + 1
@@ -465,3 +467,120 @@ async def test_another_server_is_another_history(api: FakeApiServer) -> None:
             publish(elsewhere, "b")
             await source.rotate(elsewhere.credentials)
             await until(lambda: set(targets(store)) == {"b"})
+
+
+async def overtaken(hand: Hand, store: Store, feed: Feed) -> list[str]:
+    """A feed at version 5, and a node with slices of version 9. Returns where announcements of the tenant go."""
+    hand.versions = {"Service": "5", "EndpointSlice": "5"}
+    await begin(hand, (service("a"),), (endpoint_slice(["10.0.0.1"], service="a"),))
+    assert held(store).mark == {kind: Position(5, 5) for kind in hand.versions}
+    told: list[str] = []
+    store.subscribe(told.append)
+    held(store).overtaken({"EndpointSlice": Position(9, 9)})
+    return told
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vcproxy.brain.feed.OVERTAKEN_SECONDS", 0)
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_node_that_is_ahead_makes_the_brain_list_again() -> None:
+    hand = Hand()
+    async with fed(hand) as (store, feed):
+        told = await overtaken(hand, store, feed)
+        await until(lambda: hand.runs == 2)
+        assert hand.sink is not None
+        assert not told
+        hand.versions = {"EndpointSlice": "9"}  # Services have not been listed yet
+        hand.sink("EndpointSlice", Listed((endpoint_slice(["10.0.0.2"], service="a"),), ()))
+        await until(lambda: UID in told)
+        assert targets(store) == {"a": ["10.0.0.2:8080"]}
+        assert held(store).mark == {"Service": Position(5, 5), "EndpointSlice": Position(9, 9)}
+        held(store).overtaken({"EndpointSlice": Position(9, 9)})
+        await settle()
+        assert hand.runs == 2
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_brain_that_catches_up_by_itself_does_not_list() -> None:
+    hand = Hand()
+    async with fed(hand) as (store, feed):
+        told = await overtaken(hand, store, feed)
+        hand.versions["EndpointSlice"] = "10"  # a bookmark
+        await until(lambda: UID in told)
+        assert hand.runs == 1
+        assert held(store).mark["EndpointSlice"] == Position(5, 10)
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_complete_list_that_is_below_a_nodes_version_is_the_truth() -> None:
+    hand = Hand()
+    async with fed(hand) as (store, feed):
+        told = await overtaken(hand, store, feed)
+        await until(lambda: hand.runs == 2)
+        await begin(hand)
+        await until(lambda: UID in told)
+        assert targets(store) == {}
+        found = held(store).mark
+        assert found["Service"] == Position(5, 5)
+        assert found["EndpointSlice"].epoch > 0
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_many_nodes_that_are_ahead_do_not_make_many_lists() -> None:
+    hand = Hand()
+    async with fed(hand) as (store, feed):
+        await overtaken(hand, store, feed)
+        await until(lambda: hand.runs == 2)
+        for version in range(10, 20):
+            held(store).overtaken({"EndpointSlice": Position(version, version)})
+            await settle()
+        assert hand.runs == 2
+
+
+async def test_what_waits_or_is_half_compiled_is_not_seen_yet() -> None:
+    hand = Hand()
+    async with fed(hand) as (store, _):
+        hand.versions = {"Service": "5", "EndpointSlice": "5"}
+        await begin(hand, (service("a"),))
+        assert hand.sink is not None
+        hand.versions["EndpointSlice"] = "6"
+        hand.sink("EndpointSlice", Upserted(endpoint_slice(["10.0.0.1"], service="a")))
+        assert held(store).mark["EndpointSlice"] == Position(5, 5)
+        await settle()
+        assert held(store).mark["EndpointSlice"] == Position(6, 6)
+
+
+async def test_objects_without_history_have_no_mark() -> None:
+    hand = Hand()
+    async with fed(hand) as (store, _):
+        hand.versions = {"Service": "5", "EndpointSlice": "not-a-number"}
+        await begin(hand)
+        assert held(store).mark == {"Service": Position(5, 5)}
+        hand.versions = {}
+        await begin(hand)
+        assert held(store).mark == {}
+
+
+async def test_a_real_stream_of_versions(api: FakeApiServer) -> None:
+    publish(api, "a")
+    async with fed(reading(api)) as (store, _):
+        await until(lambda: held(store).synced)
+        for kind in ("Service", "EndpointSlice"):
+            await api.watching(kind)
+        before = held(store).mark
+        publish(api, "a", "10.0.0.2")
+        await until(lambda: targets(store) == {"a": ["10.0.0.2:8080"]})
+        await until(lambda: held(store).mark["EndpointSlice"].changed > before["EndpointSlice"].changed)
+        quiet = held(store).mark
+        api.bookmark("EndpointSlice")
+        assert held(store).mark["EndpointSlice"].changed == quiet["EndpointSlice"].changed
+        api.wipe()
+        publish(api, "new")
+        for kind in ("Service", "EndpointSlice"):
+            await api.watching(kind)
+            api.bookmark(kind)
+        await until(lambda: targets(store) == {"new": ["10.0.0.1:8080"]}, timeout=30)
+        await until(lambda: all(at.epoch for at in held(store).mark.values()))

@@ -168,7 +168,7 @@ def test_a_uid_that_cannot_be_is_refused(uid: str) -> None:
 
 def test_facts_come_back_equal() -> None:
     tenant = Tenant("acme-1", "Acme (prod)", (parse_prefix("10.32.0.0/16"), parse_prefix("fd00:32::/108")))
-    assert convert.decode_tenant(convert.encode_tenant(tenant)) == tenant
+    assert convert.decode_tenant(convert.encode_tenant(tenant, {})) == tenant
     facts = NodeFacts("zone-a", (b"\x0a\0\0\1", bytes(16)), (parse_prefix("10.1.0.0/24"),), eligible=False)
     assert convert.decode_facts(convert.encode_facts(facts)) == facts
     with pytest.raises(MalformedModel):

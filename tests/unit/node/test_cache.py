@@ -11,6 +11,7 @@ import pytest
 
 from tests.unit.node.conftest import FACTS, NODE, service_port
 from vcproxy.model.addresses import parse_address, parse_prefix
+from vcproxy.model.mark import Position
 from vcproxy.model.tenant import Tenant, TenantModel
 from vcproxy.node import statefile
 from vcproxy.node.cache import Cache
@@ -21,10 +22,13 @@ LEAVING = msgspec.structs.replace(FACTS, eligible=False)
 PORTS = [service_port(f"svc-{at}", "10.0.1.1", "fd00::1", vip=f"10.32.1.{at}") for at in range(5)]
 
 
+MARK = {"Service": Position(5, 9, 1_700_000_000_000), "EndpointSlice": Position(7, 7)}
+
+
 @pytest.fixture
 def holdings() -> Holdings:
     holdings = Holdings()
-    holdings.put(Held(ACME, TenantModel(PORTS), 12, "brain-1", synced=True))
+    holdings.put(Held(ACME, TenantModel(PORTS), 12, "brain-1", synced=True, mark=MARK))
     return holdings
 
 
@@ -42,9 +46,27 @@ async def test_what_was_kept_comes_back(tmp_path: Path, holdings: Holdings) -> N
     assert held.tenant == ACME
     assert held.model.ports == holdings.tenants["acme"].model.ports
     assert (held.revision, held.brain, held.synced) == (12, "brain-1", True)
+    assert held.mark == MARK
     assert held.model.digest == holdings.tenants["acme"].model.digest
     assert facts == LEAVING
     assert placement == {parse_address("10.0.1.1"): "acme"}
+
+
+async def test_a_file_of_a_version_without_marks_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holdings = Holdings()
+    holdings.put(Held(ACME, TenantModel(PORTS), 12, "brain-1", synced=True))
+
+    def encode(value: object) -> bytes:
+        plain = msgspec.to_builtins(value, builtin_types=(bytes,))
+        if isinstance(plain, dict):
+            assert plain.pop("mark", None) in ({}, None)
+        return msgspec.msgpack.encode(plain)
+
+    monkeypatch.setattr(statefile, "_encode", encode)
+    await written(tmp_path, holdings)
+    (held,), _, _ = Cache(tmp_path, node=NODE, holdings=Holdings()).load()
+    assert held.mark == {}
+    assert held.model.digest == TenantModel(PORTS).digest
 
 
 async def test_files_are_for_root_alone(tmp_path: Path, holdings: Holdings) -> None:

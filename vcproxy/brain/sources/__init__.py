@@ -8,7 +8,7 @@ Rules for sources: identity is the uid, never a name. `TenantGone` is said only 
 a source that cannot be read, or a credential that turned bad, says nothing about tenants and reports a problem.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn, Protocol
 
 import msgspec
@@ -23,6 +23,10 @@ ObjectSink = Callable[[Kind, Event[Any]], None]
 
 class Input(Protocol):
     """Brings one tenant's objects."""
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Kind -> resourceVersion up to which everything was told. Kinds that have none are missing."""
 
     async def run(self, sink: ObjectSink) -> NoReturn:
         """Tell `sink` all there is, and what changes, for ever. Run again after it was cancelled, it lists again."""

@@ -45,6 +45,11 @@ class Folder:
                 self._sink(place[0], Deleted(place[1], uid))
         return min(self._missing.values()) + REMOVAL_SECONDS if self._missing else None
 
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """None: files have no history that another reader could compare."""
+        return {}
+
     async def run(self, sink: ObjectSink) -> NoReturn:
         """List what there is, then tell of changes."""
         self._sink = sink
