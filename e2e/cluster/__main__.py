@@ -41,9 +41,9 @@ _UP_WITHIN = 3600.0  # seconds; the first time everything is built
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m e2e.cluster", description="A Kubernetes cluster on this machine.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, words in (("up", "start it"), ("keep", argparse.SUPPRESS)):
-        command = commands.add_parser(name, help=words)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # `up` starts a process that does the latter, which is nobody else's business.
+    for command in (commands.add_parser("up", help="start it"), commands.add_parser("keep")):
         command.add_argument("--proxy", choices=proxies.PROXIES, default="vcproxy")
         command.add_argument("--nodes", type=int, default=3, choices=range(1, 10), metavar="1..9")
     commands.add_parser("build", help="build programs and images, which all else does when it must")
