@@ -189,7 +189,7 @@ def fan_out(scale: Scale, scene: Scene, servers: Helper, nodes: Helper) -> Table
     with scene.brain(tenants) as brain:
         brain.logged("loaded")
         port = brain.logged("serving nodes")["port"]
-        for what, acknowledge in (("deltas written", 0), ("and acknowledged twice, as agents do", 1)):
+        for what, acknowledge in (("deltas written", 0), ("and acknowledged, as agents do", 1)):
             connecting = time.monotonic()
             nodes.ask("connect", port, scale.nodes, acknowledge)
             connected = time.monotonic() - connecting

@@ -22,7 +22,7 @@ import uvloop
 
 from benchmarks.brain.http2 import Call
 from vcproxy.lab.cluster import BRAIN_NAME
-from vcproxy.pb.distribution_pb2 import COMMITTED, RECEIVED, Ack, BrainMessage, Delta, Hello, NodeMessage
+from vcproxy.pb.distribution_pb2 import COMMITTED, Ack, BrainMessage, Delta, Hello, NodeMessage
 
 
 class Node:
@@ -53,9 +53,8 @@ class Node:
             self.ready.set()
 
     def _acknowledge(self, delta: Delta) -> None:
-        for stage in (RECEIVED, COMMITTED):
-            ack = Ack(tenant=delta.tenant, revision=delta.to, digest=delta.digest, stage=stage, microseconds=100)
-            self.call.send(NodeMessage(ack=ack).SerializeToString())
+        ack = Ack(tenant=delta.tenant, revision=delta.to, digest=delta.digest, stage=COMMITTED, microseconds=100)
+        self.call.send(NodeMessage(ack=ack).SerializeToString())
 
 
 class Nodes:

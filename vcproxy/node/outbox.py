@@ -1,4 +1,8 @@
-"""What a node has to tell the brain: the newest of each tenant and stage only; a slow stream costs no memory."""
+"""What a node has to tell the brain: the newest of each tenant and stage only; a slow stream costs no memory.
+
+Reading a message costs a brain as much as writing one, and a thousand nodes have something to say to each change. So
+that content was received is held back for a moment: nearly always it is committed by then, and that says both.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -8,32 +12,46 @@ from vcproxy.pb import convert, distribution_pb2
 # As many as a brain keeps for its status.
 MOST_REJECTIONS = 256
 LONGEST_TEXT = 512
+PATIENCE_SECONDS = 0.1
+"""How long `received` waits for `committed`; what takes longer is worth seeing from the brain."""
+
+CallLater = Callable[[float, Callable[[], None]], object]
 
 
 class Outbox:
-    """Messages to be sent, made when they are taken. `wake` is called when there is one."""
+    """Messages to be sent, made when they are taken. `wake` is called when there is one.
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    `call_later`: as asyncio's.
+    """
+
+    def __init__(self, wake: Callable[[], None], call_later: CallLater) -> None:
         self._wake = wake
+        self._call_later = call_later
+        self._held_back: dict[str, distribution_pb2.NodeMessage] = {}
         self._waiting: dict[tuple[str, str], distribution_pb2.NodeMessage] = {}
 
     def received(self, uid: str, revision: int, digest: bytes, microseconds: int) -> None:
         """The content was accepted."""
-        self._put(
-            (uid, "received"),
-            distribution_pb2.Ack(
+        first = not self._held_back
+        self._held_back[uid] = distribution_pb2.NodeMessage(
+            ack=distribution_pb2.Ack(
                 tenant=uid,
                 revision=revision,
                 stage=distribution_pb2.RECEIVED,
                 digest=digest,
                 microseconds=microseconds,
-            ),
+            )
         )
+        if first:
+            self._call_later(PATIENCE_SECONDS, self._release)
 
     def committed(
         self, uid: str, revision: int, digest: bytes, rejections: Sequence[Rejection], microseconds: int
     ) -> None:
         """The content is in the kernel, but for `rejections`: all that are in quarantine now."""
+        waits = self._held_back.get(uid)
+        if waits is not None and waits.ack.revision <= revision:
+            del self._held_back[uid]
         self._put(
             (uid, "committed"),
             distribution_pb2.Ack(
@@ -72,6 +90,15 @@ class Outbox:
     def clear(self) -> None:
         """The stream is over: all this was meant for it."""
         self._waiting.clear()
+        self._held_back.clear()
+
+    def _release(self) -> None:
+        """Say what has waited long enough; some of it not as long, since one timer serves all."""
+        held, self._held_back = self._held_back, {}
+        for uid, message in held.items():
+            self._waiting[uid, "received"] = message
+        if held:
+            self._wake()
 
     def _put(self, key: tuple[str, str], ack: distribution_pb2.Ack) -> None:
         self._waiting[key] = distribution_pb2.NodeMessage(ack=ack)

@@ -114,13 +114,8 @@ class Session:
         self._brains = self._chance.sample(list(brains), len(brains))
         self._patience = PATIENCE
         self._wake = asyncio.Event()
-        self._outbox = Outbox(self._wake.set)
-        self._receiver = Receiver(
-            holdings=holdings,
-            sink=sink,
-            outbox=self._outbox,
-            call_later=lambda delay, act: asyncio.get_running_loop().call_later(delay, act),
-        )
+        self._outbox = Outbox(self._wake.set, _call_later)
+        self._receiver = Receiver(holdings=holdings, sink=sink, outbox=self._outbox, call_later=_call_later)
 
     async def run(self) -> Never:
         """Hold a stream for ever. Only cancellation ends it, and what the sink raises."""
@@ -256,6 +251,10 @@ async def _send(call: Call, data: bytes) -> None:
     # A stream that is over tells why when it is read, and a reader there always is.
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
         await call.write(data)
+
+
+def _call_later(delay: float, act: Callable[[], None]) -> asyncio.TimerHandle:
+    return asyncio.get_running_loop().call_later(delay, act)
 
 
 def _first(group: BaseExceptionGroup[StreamEnded]) -> StreamEnded:

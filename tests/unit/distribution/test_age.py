@@ -127,7 +127,7 @@ class Node:
         self.errors: list[str] = []
 
     def connect(self, replica: Replica, *, agent: Callable[[bytes], bytes] = lambda raw: raw) -> None:
-        outbox = Outbox(lambda: None)
+        outbox = Outbox(lambda: None, lambda delay, act: act())
         self.receiver = Receiver(holdings=self.holdings, sink=lambda _: None, outbox=outbox, call_later=self._never)
         self.stream = Stream(
             parse_hello(agent(self.receiver.start("n", "")), "n"),
@@ -389,7 +389,7 @@ class Case:
     """A node that holds content at version 50 and meets a brain that checks nothing."""
 
     def __init__(self) -> None:
-        self.holdings, self.outbox = Holdings(), Outbox(lambda: None)
+        self.holdings, self.outbox = Holdings(), Outbox(lambda: None, lambda delay, act: act())
         self.receiver = Receiver(
             holdings=self.holdings, sink=lambda _: None, outbox=self.outbox, call_later=lambda *_: _Timer()
         )

@@ -44,7 +44,7 @@ class Case:
         self.later = Later()
         self.holdings = Holdings()
         self.events: list[SessionEvent] = []
-        self.outbox = Outbox(lambda: None)
+        self.outbox = Outbox(lambda: None, lambda delay, act: act())
         self.receiver = Receiver(
             holdings=self.holdings, sink=self.events.append, outbox=self.outbox, call_later=self.later
         )
@@ -226,15 +226,79 @@ def test_hello_names_all_that_is_held() -> None:
     }
 
 
+class Said:
+    """An outbox, what it wakes for, and time in a test's hands."""
+
+    def __init__(self) -> None:
+        self.later: list[Callable[[], None]] = []
+        self.woken = 0
+        self.outbox = Outbox(self._wake, lambda delay, act: self.later.append(act))
+
+    def _wake(self) -> None:
+        self.woken += 1
+
+    def received(self, revision: int, uid: str = "acme-1") -> None:
+        self.outbox.received(uid, revision, EMPTY_DIGEST, 1)
+
+    def committed(self, revision: int, uid: str = "acme-1") -> None:
+        self.outbox.committed(uid, revision, EMPTY_DIGEST, [], 1)
+
+    def pass_time(self) -> None:
+        due, self.later = self.later, []
+        for act in due:
+            act()
+
+    def taken(self) -> list[tuple[str, int, int]]:
+        acks = [distribution_pb2.NodeMessage.FromString(raw).ack for raw in iter(self.outbox.take, None)]
+        return [(ack.tenant, ack.stage, ack.revision) for ack in acks]
+
+
 def test_outbox_holds_the_newest_of_each_stage() -> None:
-    outbox = Outbox(lambda: None)
-    for revision in range(100):
-        outbox.received("acme-1", revision, EMPTY_DIGEST, 1)
-        outbox.committed("acme-1", revision, EMPTY_DIGEST, [Rejection(key("web"), "x" * 9999)] * 1000, 1)
-    messages = [distribution_pb2.NodeMessage.FromString(raw) for raw in iter(outbox.take, None)]
-    assert [(m.ack.stage, m.ack.revision) for m in messages] == [(1, 99), (2, 99)]
-    assert len(messages[1].ack.rejections) == MOST_REJECTIONS
-    assert messages[1].ByteSize() < 1 << 20, "what a brain takes"
+    said = Said()
+    for revision in range(1, 100):
+        said.committed(revision)
+        said.received(revision + 1)
+    said.pass_time()
+    assert said.taken() == [("acme-1", 2, 99), ("acme-1", 1, 100)]
+
+
+def test_what_a_brain_takes_is_all_that_is_said() -> None:
+    outbox = Outbox(lambda: None, lambda delay, act: None)
+    outbox.committed("acme-1", 1, EMPTY_DIGEST, [Rejection(key("web"), "x" * 9999)] * 1000, 1)
+    raw = outbox.take()
+    assert raw is not None and len(raw) < 1 << 20
+    assert len(distribution_pb2.NodeMessage.FromString(raw).ack.rejections) == MOST_REJECTIONS
+
+
+def test_what_is_committed_soon_is_not_said_to_be_received() -> None:
+    said = Said()
+    said.received(1)
+    said.received(7, "beta-1")
+    assert (said.woken, said.taken()) == (0, [])
+    said.committed(1)
+    assert (said.woken, said.taken()) == (1, [("acme-1", 2, 1)])
+    said.pass_time()
+    assert (said.woken, said.taken()) == (2, [("beta-1", 1, 7)])
+    said.received(8, "beta-1")  # a new wait
+    assert said.taken() == []
+    said.pass_time()
+    assert said.taken() == [("beta-1", 1, 8)]
+
+
+def test_a_commit_does_not_speak_for_newer_content() -> None:
+    said = Said()
+    said.received(2)
+    said.committed(1)
+    said.pass_time()
+    assert said.taken() == [("acme-1", 2, 1), ("acme-1", 1, 2)]
+
+
+def test_what_waited_for_a_stream_that_is_over_is_forgotten() -> None:
+    said = Said()
+    said.received(1)
+    said.outbox.clear()
+    said.pass_time()
+    assert (said.woken, said.taken()) == (0, [])
 
 
 async def test_pauses_between_attempts_grow_with_each_round_and_are_jittered() -> None:

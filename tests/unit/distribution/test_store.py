@@ -45,7 +45,8 @@ class Follower:
             wake=lambda: None,
         )
         store.subscribe(self.stream.mark)
-        self.receiver = Receiver(holdings=holdings, sink=lambda _: None, outbox=Outbox(lambda: None), call_later=_never)
+        outbox = Outbox(lambda: None, lambda delay, act: None)
+        self.receiver = Receiver(holdings=holdings, sink=lambda _: None, outbox=outbox, call_later=_never)
         self.receiver.start("n", "")
         self.kinds: list[str] = []
 
