@@ -209,7 +209,8 @@ class Feed:
             compiled = msgspec.structs.replace(timing, compiled=time.time_ns())
             if store.update(uid, change.put, change.removed, compiled) is not None:
                 metrics.COMPILE.observe(max(0, compiled.compiled - compiled.received) / 1e9)
-            await asyncio.sleep(0)
+            if not compiler.clean:
+                await asyncio.sleep(0)
         if compiler.ready and self._ranges_known and not self._complete:
             self._complete = True
             emitted = compiler.emitted()

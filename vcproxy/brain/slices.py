@@ -29,6 +29,7 @@ from vcproxy.model.endpoints import (
     Endpoint,
     HintSet,
     columns,
+    endpoint_dtype,
     name_id,
     pack,
 )
@@ -62,7 +63,7 @@ class PackedSlice(msgspec.Struct, frozen=True, gc=False):
     @property
     def weight(self) -> int:
         """(address, port) pairs this may compile to."""
-        return len(columns(self.endpoints, self.family)) * len(self.ports)
+        return len(self.endpoints) // endpoint_dtype(self.family).itemsize * len(self.ports)
 
 
 class Joined(NamedTuple):

@@ -16,6 +16,7 @@ Hints are an index into the service port's own `hint_sets`, 0 standing for no hi
 import functools
 import hashlib
 import itertools
+import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -88,26 +89,29 @@ def pack(endpoints: Iterable[Endpoint]) -> tuple[bytes, bytes, tuple[HintSet, ..
     the best flags win: not terminating, then ready, then serving; then the greatest node id and the greatest hints, so
     that the result does not depend on order.
     """
-    best: dict[tuple[bytes, int], Endpoint] = {}
+    best: dict[bytes, Endpoint] = {}
+    hinted = False
     for endpoint in endpoints:
-        key = (endpoint.address, endpoint.port)
-        held = best.get(key)
+        target = endpoint.address + endpoint.port.to_bytes(2, "big")
+        hinted = hinted or endpoint.hints is not None
+        held = best.get(target)
         if held is None or _preference(endpoint) > _preference(held):
-            best[key] = endpoint
-    chosen = [best[key] for key in sorted(best)]
-    hint_sets = tuple(sorted({endpoint.hints for endpoint in chosen if endpoint.hints is not None}))[:MAX_HINT_SETS]
+            best[target] = endpoint
+    hint_sets: tuple[HintSet, ...] = ()
+    if hinted:
+        distinct = {endpoint.hints for endpoint in best.values() if endpoint.hints is not None}
+        hint_sets = tuple(sorted(distinct))[:MAX_HINT_SETS]
     index = {hints: position + 1 for position, hints in enumerate(hint_sets)}
     records: tuple[list[bytes], list[bytes]] = ([], [])
-    for address, port, flags, node, hints in chosen:
+    for target in sorted(best):  # octets compare as addresses and ports do, within a family
+        address, _, flags, node, hints = best[target]
         hint = index.get(hints, 0) if hints is not None else 0
-        records[len(address) == 16].append(
-            address
-            + port.to_bytes(2, "big")
-            + hint.to_bytes(2, "little")
-            + bytes((flags,))
-            + node.to_bytes(8, "little")
-        )
+        records[len(address) == 16].append(target + _rest(hint, flags, node))
     return b"".join(records[0]), b"".join(records[1]), hint_sets
+
+
+_rest = struct.Struct("<HBQ").pack
+"""What follows the target in a record: hints, flags, node."""
 
 
 def _preference(endpoint: Endpoint) -> tuple[bool, bool, bool, int, HintSet]:
