@@ -147,6 +147,16 @@ class ApiInput:
         for reflector in self._reflectors:
             reflector.retry()
 
+    @property
+    def heard(self) -> float | None:
+        """Unix seconds: how new all is that is known of Services and EndpointSlices; None: not all has been read yet.
+
+        An API server with nothing to report says so about once a minute.
+        """
+        followed = [found for found in self._reflectors if found.resource.kind != SERVICE_CIDRS.kind]
+        times = [found.last_contact_wall for found in followed if found.last_contact_wall is not None]
+        return min(times) if times and len(times) == len(followed) else None
+
     async def run(self, sink: ObjectSink) -> NoReturn:
         """List, watch, for ever."""
         try:

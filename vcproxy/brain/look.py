@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from vcproxy.brain.feed import Feed
+from vcproxy.brain.inputs import ApiInput
 from vcproxy.brain.placement import Placement
 from vcproxy.brain.progress import NodeStatus
 from vcproxy.brain.sources import Problem
@@ -58,7 +59,10 @@ def status(view: View) -> dict[str, Any]:
 
 
 def tenant_rows(view: View, tenant: str | None) -> list[dict[str, Any]]:
-    """One row a tenant. `refused`: how many objects have something refused; times are Unix seconds."""
+    """One row a tenant. `refused`: how many objects have something refused; times are Unix seconds.
+
+    `heardAt`: how new all is that is known of its Services and slices; None for tenants without an API server.
+    """
     feeds = view.feeds()
     return [_tenant_row(uid, stored, feeds.get(uid)) for uid, stored in _asked(view, tenant)]
 
@@ -80,6 +84,7 @@ def _tenant_row(uid: str, stored: Stored, feed: Feed | None) -> dict[str, Any]:
         "staleSince": stored.stale_since,
         "staleReason": stored.stale_reason,
         "updatedAt": stored.updated_at or None,
+        "heardAt": feed.source.heard if feed is not None and isinstance(feed.source, ApiInput) else None,
         "restarts": feed.restarts if feed is not None else 0,
     }
 

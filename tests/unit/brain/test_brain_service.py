@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tests.unit.brain.test_feed import publish
 from tests.unit.brain.test_manifests import SERVICE, SLICE
 from tests.unit.kube.test_lifetime import token
 from vcproxy.brain.config import BrainConfiguration, DirectorySource, Listen, SuperCluster, Tenants, TenantSource
+from vcproxy.brain.inputs import ApiInput
 from vcproxy.brain.service import Brain
 from vcproxy.model.addresses import parse_address
 from vcproxy.node.config import BrainAddress
@@ -336,3 +338,25 @@ async def test_credentials_that_have_ended_are_a_problem_until_renewed(tmp_path:
             api.token = "renewed"
             write(tmp_path / "tenants" / "acme.kubeconfig", api.kubeconfig().decode())
             await until(lambda: not found.brain.tenants.problems())
+
+
+async def test_status_says_how_new_is_what_is_known(tmp_path: Path) -> None:
+    async with FakeApiServer() as api:
+        api.faults.append(Fault(fail(503), path="/apis/discovery.k8s.io", verb="list", times=1))
+        write(tmp_path / "tenants" / "acme.kubeconfig", api.kubeconfig().decode())
+        before = time.time()
+        async with running(tmp_path) as found:
+            await until(lambda: found.row("dir-acme") is not None and found.row("dir-acme").stale_since is not None)
+            [row] = await found.ask("/tenants")
+            assert row["heardAt"] is None
+            await until(lambda: found.synced("dir-acme"))
+            for kind in ("Service", "EndpointSlice"):
+                await api.watching(kind)
+            [row] = await found.ask("/tenants")
+            first = row["heardAt"]
+            assert before <= first <= time.time()
+            for kind in ("Service", "EndpointSlice"):
+                api.bookmark(kind)
+            source = found.brain.tenants.feeds["dir-acme"].source
+            assert isinstance(source, ApiInput)
+            await until(lambda: (source.heard or 0) > first)
