@@ -16,6 +16,7 @@ from vcproxy.model.tenant import Tenant, TenantModel
 from vcproxy.node import statefile
 from vcproxy.node.cache import Cache
 from vcproxy.node.holdings import Held, Holdings
+from vcproxy.ops import sealed
 
 ACME = Tenant("acme", "Acme Corp", (parse_prefix("10.32.0.0/16"),))
 LEAVING = msgspec.structs.replace(FACTS, eligible=False)
@@ -62,7 +63,7 @@ async def test_a_file_of_a_version_without_marks_is_read(tmp_path: Path, monkeyp
             assert plain.pop("mark", None) in ({}, None)
         return msgspec.msgpack.encode(plain)
 
-    monkeypatch.setattr(statefile, "_encode", encode)
+    monkeypatch.setattr(sealed, "encode", encode)
     await written(tmp_path, holdings)
     (held,), _, _ = Cache(tmp_path, node=NODE, holdings=Holdings()).load()
     assert held.mark == {}
@@ -82,14 +83,14 @@ async def test_an_empty_directory_remembers_nothing(tmp_path: Path) -> None:
 async def test_more_ports_than_a_frame_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holdings: Holdings
 ) -> None:
-    monkeypatch.setattr(statefile, "FRAME_PORTS", 2)
+    monkeypatch.setattr(sealed, "FRAME_PORTS", 2)
     await written(tmp_path, holdings)
     assert len(Cache(tmp_path, node=NODE, holdings=Holdings()).load().tenants[0].model) == 5
 
 
 def resealed(data: bytes) -> bytes:
-    body = data[: -statefile.CHECKSUM_OCTETS]
-    return body + hashlib.blake2b(body, digest_size=statefile.CHECKSUM_OCTETS).digest()
+    body = data[: -sealed.CHECKSUM_OCTETS]
+    return body + hashlib.blake2b(body, digest_size=sealed.CHECKSUM_OCTETS).digest()
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
