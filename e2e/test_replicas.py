@@ -6,6 +6,7 @@ its connections stand, nothing comes. So it does not know that it lags, as when 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -148,3 +149,52 @@ def test_replicas_agree_on_an_api_server_that_was_made_anew(
         replicas.thaw()
         cluster.wait("it has read the new history", lambda: not any(row["behind"] for row in replicas.rows()), 60)
         world.converged("acme", within=60)
+
+
+def test_a_restarted_brain_serves_a_tenant_whose_api_server_is_down(
+    super_plane: ControlPlane,
+    tenant_planes: tuple[ControlPlane, ControlPlane],
+    control_plane: PlaneFactory,
+    fresh_namespace: NamespaceFactory,
+    tmp_path: Path,
+) -> None:
+    acme, globex = control_plane("acme"), tenant_planes[1]
+    with running(tmp_path, super_plane, flat={"acme": acme, "globex": globex}) as world:
+        cluster, node = world.cluster, world.nodes["one"]
+        scene = Scene(world, "acme", fresh_namespace)
+        scene.endpoints("web-3")
+        world.converged()
+        before = {name: world.kernel(name).forwarding["dir-acme"] for name in world.nodes}
+        file = tmp_path / "brain-state" / "dir-acme.tenant"
+
+        def remembered() -> bool:
+            return file.exists() and file.stat().st_mtime > world.tenant_row("acme")["updatedAt"]
+
+        cluster.wait("the brain has written it down", remembered, 40)
+        acme.freeze()
+        for name in ("brain", node.name):
+            cluster.kill(name)
+        node.run(["nft", "delete table inet vcproxy"])
+        shutil.rmtree(tmp_path / node.name)  # as a node that is new
+        began = time()
+        cluster.start_brain()
+        cluster.start_agent(node)
+        world.connected()
+
+        def served() -> bool:
+            return world.kernel("one").forwarding.get("dir-acme") == before["one"]
+
+        cluster.wait("the new node has it", served, 60)
+        row = world.tenant_row("acme")
+        assert row["restored"]
+        assert row["synced"]
+        assert row["staleSince"] < began
+        assert world.tenant_row("acme", "one")["staleSince"] == pytest.approx(row["staleSince"])
+        assert {name: world.kernel(name).forwarding["dir-acme"] for name in world.nodes} == before
+        assert scene.answers() == {"acme/web-3"}
+        acme.thaw()
+        cluster.wait("its API server was read", lambda: not world.tenant_row("acme")["stale"], 90)
+        assert not world.tenant_row("acme")["restored"]
+        scene.endpoints("web-1")
+        world.converged()
+        assert scene.answers() == {"acme/web-1"}

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.unit.node.conftest import FACTS, NODE, service_port
+from vcproxy.brain.guard import UNRESTRICTED
+from vcproxy.brain.memory import Memory
+from vcproxy.brain.store import Store
 from vcproxy.model.addresses import parse_address
 from vcproxy.model.tenant import Tenant, TenantModel
 from vcproxy.node.cache import Cache
@@ -70,3 +73,32 @@ async def test_a_full_disk_at_the_start_is_no_obstacle(disk: Path) -> None:
     cache.keep_node(FACTS, {})
     await cache.flush()
     assert Cache(disk / "state" / "deep", node=NODE, holdings=Holdings()).load().facts is None
+
+
+async def test_a_brain_goes_on_and_keeps_what_it_wrote_last(disk: Path) -> None:
+    ports = [service_port(f"svc-{at}", "10.0.1.1", vip=f"10.32.1.{at}") for at in range(200)]
+    store = Store()
+    memory = Memory(disk, store, policy_of=lambda uid: UNRESTRICTED)
+    store.subscribe(memory.changed)
+    store.add_tenant(Tenant("acme", "Acme Corp"))
+    store.replace("acme", ports)
+    store.set_synced("acme")
+    await memory.flush()
+    good = (disk / "acme.tenant").read_bytes()
+
+    fill(disk / "filler")
+    failures = metrics.value("vcproxy_cache_failures_total")
+    store.update("acme", [], [ports[0].key])
+    await memory.flush()
+    assert metrics.value("vcproxy_cache_failures_total") == failures + 1
+    assert (disk / "acme.tenant").read_bytes() == good
+    assert [path.name for path in disk.iterdir() if path.suffix == ".tmp"] == []
+    assert Memory(disk, Store(), policy_of=lambda uid: UNRESTRICTED).load() == 1
+
+    (disk / "filler").unlink()
+    await memory.flush()
+    again = Store()
+    Memory(disk, again, policy_of=lambda uid: UNRESTRICTED).load()
+    again.add_tenant(Tenant("acme", "Acme Corp"))
+    again.set_stale("acme", 1.0, "down")
+    assert again.tenants()["acme"].model.digest == store.tenants()["acme"].model.digest

@@ -144,6 +144,13 @@ class BrainConfiguration(Section, frozen=True):
         SuperCluster | None, Meta(description="null: no super cluster; then tenants' own manifests say where pods run")
     ] = SuperCluster()
     tenants: Tenants = Tenants()
+    state_directory: Annotated[
+        str,
+        Meta(
+            description="the last good content of tenants is kept here, for a start while API servers are down;\n"
+            "empty: none is kept"
+        ),
+    ] = ""
     admin_socket: Annotated[str, Meta(description="unix socket behind status and get")] = "/run/vcproxy/brain.sock"
     metrics_address: Annotated[str, Meta(description="host:port of /metrics, /healthz and /readyz; empty: none")] = (
         "127.0.0.1:7449"

@@ -75,6 +75,7 @@ def _tenant_row(uid: str, stored: Stored, feed: Feed | None) -> dict[str, Any]:
         "revision": stored.revision,
         "digest": stored.model.digest.hex(),
         "synced": stored.synced,
+        "restored": stored.restored,
         "ports": len(stored.model),
         "endpoints": sum(map(views.count, stored.model)),
         "virtualRanges": [str(prefix) for prefix in stored.tenant.virtual_ranges],

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 from aiohttp import web
 
@@ -22,6 +23,7 @@ from vcproxy.brain.apiservers import ApiServers
 from vcproxy.brain.config import BrainConfiguration
 from vcproxy.brain.distribution import Distributor
 from vcproxy.brain.feed import Feed
+from vcproxy.brain.memory import Memory
 from vcproxy.brain.placement import Placement, Scope
 from vcproxy.brain.sources import Problem, catalogue
 from vcproxy.brain.sources.attribution import Owners
@@ -33,6 +35,7 @@ from vcproxy.brain.vouched import Vouched
 from vcproxy.kube.client import Limits as ClientLimits
 from vcproxy.kube.reflector import Timing
 from vcproxy.model.addresses import AddressError, Prefix, parse_prefix
+from vcproxy.model.tenant import SUPER_UID
 from vcproxy.ops import admin, garbage, logs, metrics
 from vcproxy.ops.configfile import ConfigError
 from vcproxy.ops.stopping import until_stopped
@@ -57,13 +60,23 @@ class Brain:
         self._access = SuperAccess(config.super_cluster, guarded=restricted) if config.super_cluster else None
         self._vouched = Vouched()
         self._owners = Owners(catalogue.spoken_for(config.tenants.sources))
+        grant = grant_of(config.tenants)
+        self._memory = (
+            Memory(
+                Path(config.state_directory),
+                self.store,
+                policy_of=lambda uid: guard.UNRESTRICTED if uid == SUPER_UID else grant.policy,
+            )
+            if config.state_directory
+            else None
+        )
         self.tenants = Tenants(
             catalogue.made(config.tenants.sources, self._access, self._owners, self._vouched),
             servers=self._api_servers(),
             vouched=self._vouched,
             store=self.store,
             placement=self.placement,
-            grant=grant_of(config.tenants),
+            grant=grant,
             scope=Scope.PLACED if config.super_cluster and config.super_cluster.pods else Scope.EVERY_NODE_UNTIL_PLACED,
             completed=self._judge_ready,
         )
@@ -78,6 +91,9 @@ class Brain:
 
     async def _serve(self) -> None:
         config = self._config
+        if self._memory is not None:
+            remembered = await asyncio.to_thread(self._memory.load)
+            _log.info("last good contents were read", path=config.state_directory, tenants=remembered)
         if config.super_cluster is not None and self._access is not None:
             self._super = SuperClusterFeed(
                 config.super_cluster,
@@ -99,6 +115,9 @@ class Brain:
             await stack.enter_async_context(self._serving_metrics())
             await stack.enter_async_context(admin.serve(config.admin_socket, look.routes(view)))
             stack.callback(self.store.subscribe(self._measure))
+            if self._memory is not None:
+                stack.callback(self.store.subscribe(self._memory.changed))
+                stack.push_async_callback(self._memory.flush)
             _log.info("starting", brain=self.store.brain_id, super_cluster=config.super_cluster is not None)
             async with asyncio.TaskGroup() as group:
                 if self._super is not None and self._access is not None:
@@ -106,6 +125,8 @@ class Brain:
                     group.create_task(self._super.run())
                 group.create_task(self.tenants.run())
                 group.create_task(self._keep_time())
+                if self._memory is not None:
+                    group.create_task(self._memory.run())
                 group.create_task(self.distributor.serve(config.listen))
 
     def _feeds(self) -> dict[str, Feed]:
@@ -141,6 +162,8 @@ class Brain:
     def _judge_ready(self) -> None:
         if (self._config.super_cluster is None or self._located) and self.tenants.complete and not self.placement.ready:
             self.placement.set_ready()
+            if self._memory is not None:
+                self._memory.prune()
             _log.info("ready: every tenant is known, and where pods run", tenants=len(self.store.tenants()))
             self._loading = {uid for uid in self._feeds() if self._awaited(uid)}
             self._judge_loaded()
@@ -163,9 +186,10 @@ class Brain:
             await asyncio.sleep(TICK_SECONDS)
             self.placement.expire()
             held = self.store.tenants().values()
-            synced = sum(1 for stored in held if stored.synced)
+            synced = sum(1 for stored in held if stored.synced and not stored.restored)
             metrics.TENANTS.labels("synced").set(synced)
-            metrics.TENANTS.labels("not-synced").set(len(held) - synced)
+            metrics.TENANTS.labels("restored").set(sum(1 for stored in held if stored.restored))
+            metrics.TENANTS.labels("not-synced").set(sum(1 for stored in held if not stored.synced))
 
     def _measure(self, uid: str) -> None:
         stored = self.store.tenants().get(uid)

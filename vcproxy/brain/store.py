@@ -4,13 +4,15 @@ One loop, synchronous calls, no locks. The compiler side writes (`update`, `repl
 distribution side reads and is told the uid of whatever changed. Writing costs in proportion to the change: operations
 are encoded once, when they are made, and snapshots not before a node needs one.
 
-A tenant that was never synced is incomplete, so nothing of it is ever served: it has no history and no snapshot.
+A tenant that was never synced is incomplete, so nothing of it is ever served: it has no history and no snapshot. But
+content that an earlier run had, complete then, is served in its place when the tenant turns out not to be readable
+(`remember`): stale since it was read, until the tenant is synced.
 """
 
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vcproxy.brain.encoding import Snapshot, Version, port_bound
 from vcproxy.brain.history import Delta, History
@@ -45,15 +47,26 @@ class Follower(Protocol):
         """A node holds content that may be newer in these kinds: find out, and announce the tenant again."""
 
 
+class Remembered(NamedTuple):
+    """Content that an earlier run had, complete as it was at `read_at` (Unix seconds)."""
+
+    tenant: Tenant
+    model: TenantModel
+    mark: Mark
+    read_at: float
+
+
 class Stored:
     """One tenant. Read-only to all but the store.
 
     `revision` counts the changes of content in this run, 0 for a tenant without any. `synced`: content is complete.
-    `stale_since`: Unix seconds, None when well. `updated_at`: Unix seconds of the last change of content, 0 for none.
+    `restored`: it is that of an earlier run. `stale_since`: Unix seconds, None when well. `updated_at`: Unix seconds of
+    the last change of content, 0 for none.
     """
 
-    def __init__(self, tenant: Tenant) -> None:
+    def __init__(self, tenant: Tenant, remembered: Remembered | None = None) -> None:
         self.tenant = tenant
+        self.restored = False
         self.model = TenantModel()
         self.revision = 0
         self.synced = False
@@ -62,7 +75,8 @@ class Stored:
         self.updated_at = 0.0
         self.octets = 0
         self._follower: Follower | None = None
-        self._mark = UNMARKED
+        self._remembered = remembered
+        self._mark = remembered.mark if remembered is not None else UNMARKED
         self._history = History(tenant.uid, count=HISTORY_COUNT)
         self._snapshot: Snapshot | None = None
 
@@ -91,6 +105,11 @@ class Stored:
             return None
         return self._history.delta(digest)
 
+    @property
+    def remembers(self) -> bool:
+        """There is content of an earlier run that is not served (yet)."""
+        return self._remembered is not None
+
     def overtaken(self, by: Mark) -> None:
         """A node holds content that may be newer in these kinds."""
         if self._follower is not None:
@@ -115,6 +134,27 @@ class Stored:
     def follow(self, follower: Follower | None, mark: Mark) -> None:
         """For the store: from now on the follower says how new the content is; without one it stays at `mark`."""
         self._follower, self._mark = follower, mark
+
+    def restore(self) -> bool:
+        """For the store: serve what is remembered, if there is anything. True if that is new."""
+        remembered, self._remembered = self._remembered, None
+        if remembered is None or self.synced:
+            return False
+        ranges = self.tenant.virtual_ranges or remembered.tenant.virtual_ranges
+        self.tenant = Tenant(self.tenant.uid, self.tenant.name, ranges)
+        self.model = remembered.model
+        self.octets = sum(map(port_bound, self.model))
+        self.revision += 1
+        self.stale_since, self.synced, self.restored = remembered.read_at, True, True
+        return True
+
+    def complete(self) -> bool:
+        """For the store: content is complete. True if that is new."""
+        new = not self.synced or self.restored
+        if self.restored:
+            self.stale_since, self.stale_reason = None, ""
+        self.synced, self.restored, self._remembered = True, False, None
+        return new
 
     def change(
         self, put: Iterable[ServicePort], removed: Iterable[PortKey], timing: Timing | None, now: float
@@ -152,19 +192,30 @@ class Store:
         self._clock = clock
         self._stored: dict[str, Stored] = {}
         self._gone: set[str] = set()
+        self._remembered: dict[str, Remembered] = {}
         self._subscribers: dict[object, Callable[[str], None]] = {}
 
     def add_tenant(self, tenant: Tenant) -> None:
         """Hold this tenant. Adding it again is no error; changed facts are announced anew."""
         stored = self._stored.get(tenant.uid)
         if stored is None:
-            self._stored[tenant.uid] = Stored(tenant)
+            self._stored[tenant.uid] = Stored(tenant, self._remembered.pop(tenant.uid, None))
             self._gone.discard(tenant.uid)
         elif stored.tenant != tenant:
             stored.tenant = tenant
         else:
             return
         self._changed(tenant.uid)
+
+    def remember(self, remembered: Iterable[Remembered]) -> None:
+        """What an earlier run had; call before tenants are added. Not said of a tenant before it is found."""
+        self._remembered = {one.tenant.uid: one for one in remembered}
+
+    def forget_remembered(self) -> list[str]:
+        """Every tenant there is was added: forget what is remembered of others. Returns their uids."""
+        forgotten = list(self._remembered)
+        self._remembered.clear()
+        return forgotten
 
     def remove_tenant(self, uid: str) -> None:
         """The tenant is gone for good: nodes are told to remove it. Removing an unknown one is no error."""
@@ -203,19 +254,22 @@ class Store:
 
     def set_synced(self, uid: str) -> None:
         """Content is complete: from now on it may be served. Never unset. Raises UnknownTenant."""
-        stored = self._get(uid)
-        if not stored.synced:
-            stored.synced = True
+        if self._get(uid).complete():
             self._changed(uid)
 
     def set_stale(self, uid: str, since: float | None, reason: str = "") -> None:
         """The tenant's API server cannot be reached since then (Unix seconds); None: well again. Raises UnknownTenant.
 
-        Content stays as it is.
+        Content stays as it is; of one that was not synced, it is what an earlier run had, if that is remembered: stale
+        since it was read then, until it is synced.
         """
         stored = self._get(uid)
         reason = reason if since is not None else ""
-        if (stored.stale_since, stored.stale_reason) != (since, reason):
+        restored = since is not None and stored.restore()
+        if stored.restored:
+            since = stored.stale_since
+            reason = f"not read since the brain started; what it had before is served: {reason}" if reason else ""
+        if restored or (stored.stale_since, stored.stale_reason) != (since, reason):
             stored.stale_since, stored.stale_reason = since, reason
             self._changed(uid)
 

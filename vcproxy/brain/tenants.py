@@ -6,6 +6,7 @@ forgotten when a source says that it was deleted, and for no other reason.
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn
@@ -180,14 +181,14 @@ class Tenants:
             if held.feed is None:
                 held.problem = "cannot be read (yet): see the source's problems"
                 self._place(held, uid, self._scope)
-                self._store.add_tenant(Tenant(uid, found.name))
+                self._unreadable(found, held.problem)
             return
         try:
             source = self._input(access, found)
         except KubeconfigError as error:
             held.problem = str(error)
             _log.error("tenant cannot be read", tenant=uid, error=str(error))
-            self._store.add_tenant(Tenant(uid, found.name))
+            self._unreadable(found, str(error))
             return
         self._stop(held)
         held.problem = ""
@@ -196,6 +197,11 @@ class Tenants:
         else:
             self._expiries.forget(uid)
         self._start(found, held, source, group)
+
+    def _unreadable(self, found: TenantFound, problem: str) -> None:
+        self._store.add_tenant(Tenant(found.uid, found.name))
+        if self._store.tenants()[found.uid].remembers:
+            self._store.set_stale(found.uid, time.time(), problem)
 
     def _input(self, access: Credentials | Input, found: TenantFound) -> Input:
         if not isinstance(access, Credentials):

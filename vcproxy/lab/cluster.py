@@ -83,6 +83,7 @@ class Cluster:
             "listen": {"address": self.address(name), **self._tls("brain", "clientCAFile")},
             "superCluster": None,
             "tenants": {"sources": [{"directory": {"path": str(self.tenants)}}]},
+            "stateDirectory": str(self.directory / f"{name}-state"),
             "adminSocket": self.socket(name),
             "metricsAddress": "",
             "logFormat": "text",

@@ -73,6 +73,7 @@ def configured(directory: Path, super_cluster: SuperCluster | None, **more: Any)
         ),
         super_cluster=super_cluster,
         tenants=Tenants(sources=(TenantSource(directory=DirectorySource(path=str(directory / "tenants"))),), **more),
+        state_directory=str(directory / "state"),
         admin_socket=str(directory / "brain.sock"),
         metrics_address="",
     )
@@ -245,6 +246,28 @@ async def test_a_tenant_whose_access_is_bad_exists(tmp_path: Path) -> None:
             publish(api, "web")
             await until(lambda: {key.service for key in found.row("dir-acme").model.ports} == {"late", "web"})
             assert found.row("dir-acme").stale_since is None
+
+
+async def test_a_tenant_whose_access_turned_bad_has_what_it_had_before_the_restart(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "tenants").mkdir()
+    async with FakeApiServer() as api:
+        publish(api, "web")
+        write(tmp_path / "tenants" / "acme.kubeconfig", api.kubeconfig().decode())
+        async with running(tmp_path) as found:
+            await until(lambda: found.synced("dir-acme"))
+        write(tmp_path / "tenants" / "acme.kubeconfig", "nonsense\n")
+        async with running(tmp_path) as found:
+            await until(lambda: found.synced("dir-acme"))
+            row = found.row("dir-acme")
+            assert row.restored
+            assert {key.service for key in row.model.ports} == {"web"}
+            assert row.stale_since
+            publish(api, "late")
+            write(tmp_path / "tenants" / "acme.kubeconfig", api.kubeconfig().decode())
+            await until(lambda: {key.service for key in row.model.ports} == {"late", "web"} and not row.restored)
+            assert row.stale_since is None
 
 
 async def test_the_super_cluster_for_its_pods_alone(tmp_path: Path, super_api: FakeApiServer) -> None:
