@@ -34,7 +34,7 @@ conformance: $(READY) $(PACKAGES)
 conformance-docs: $(READY)
 	$(BIN)/python -m tests.conformance.report
 
-# Kubernetes' own tests on a real cluster, with vcproxy and with kube-proxy; the document about it is written anew. 40 minutes.
+# Kubernetes' own tests on a real cluster, with vcproxy and with kube-proxy; the document about it is written anew. 70 minutes.
 upstream: $(READY) $(PACKAGES) $(CLUSTER)
 	@$(BIN)/python -m e2e.cluster build
 	@$(BIN)/python -m e2e.cluster test --write $(ARGS)
