@@ -27,13 +27,13 @@ KINDS = ("Service", "EndpointSlice")
 
 
 class Chronicle:
-    """The mark of one tenant. Plain data; `wall` gives Unix seconds.
+    """The mark of one tenant. Plain data; `wall` gives Unix seconds. A mark that was given out does not change.
 
     A batch of changes is `taken`, compiled step by step, and then `settled`: in between, content may have some of it.
     """
 
     def __init__(self, mark: Mark = UNMARKED, *, wall: Callable[[], float] = time.time) -> None:
-        self.mark = dict(mark)
+        self.mark = mark
         self._wall = wall
         self._taken: dict[str, Position] = {}
         self._asked: dict[str, Position] = {}  # kinds in which a node is ahead, and its position
@@ -47,7 +47,7 @@ class Chronicle:
             if kind not in versions and kind not in listed:
                 continue
             if (version := parse_version(versions.get(kind, ""))) is None:
-                self.mark.pop(kind, None)
+                self.mark = {said: at for said, at in self.mark.items() if said != kind}
                 self._taken.pop(kind, None)
                 continue
             old = self._taken.get(kind) or self.mark.get(kind)
@@ -58,11 +58,11 @@ class Chronicle:
                 changed = version
             self._taken[kind] = Position(changed, version, epoch)
             if (held := self.mark.get(kind)) and held.epoch == epoch:
-                self.mark[kind] = msgspec.structs.replace(held, changed=max(held.changed, changed))
+                self.mark = {**self.mark, kind: msgspec.structs.replace(held, changed=max(held.changed, changed))}
 
     def settled(self) -> None:
         """All that was taken is in the content."""
-        self.mark.update(self._taken)
+        self.mark = {**self.mark, **self._taken}
         self._taken.clear()
 
     def abandoned(self) -> None:

@@ -160,7 +160,7 @@ class Stored:
         self, put: Iterable[ServicePort], removed: Iterable[PortKey], timing: Timing | None, now: float
     ) -> int | None:
         """For the store: change content; returns the new revision, None if nothing changed."""
-        before = self.version
+        before = Version(self.revision, self.model.digest)
         operations: list[Operation] = []
         for key in removed:
             old = self.model.get(key)

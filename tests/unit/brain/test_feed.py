@@ -553,6 +553,23 @@ async def test_what_waits_or_is_half_compiled_is_not_seen_yet() -> None:
         assert held(store).mark["EndpointSlice"] == Position(6, 6)
 
 
+async def test_each_revision_is_as_new_as_it_was() -> None:
+    hand = Hand()
+    async with fed(hand) as (store, _):
+        hand.versions = {"Service": "5", "EndpointSlice": "5"}
+        await begin(hand, (service("a"),))
+        assert hand.sink is not None
+        before, made = held(store).model.digest, []
+        for version in (6, 7):
+            hand.versions["EndpointSlice"] = str(version)
+            hand.sink("EndpointSlice", Upserted(endpoint_slice([f"10.0.0.{version}"], service="a")))
+            await settle()
+            delta = held(store).delta(before)
+            assert delta is not None
+            made.append(delta.after)
+        assert [version.mark["EndpointSlice"] for version in made] == [Position(6, 5), Position(7, 6)]
+
+
 async def test_objects_without_history_have_no_mark() -> None:
     hand = Hand()
     async with fed(hand) as (store, _):
