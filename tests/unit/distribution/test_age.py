@@ -26,7 +26,7 @@ from vcproxy.brain.store import Store
 from vcproxy.brain.stream import Stream
 from vcproxy.model.mark import LARGEST, Mark, Position, lacking, parse_version, raised
 from vcproxy.model.tenant import TenantModel
-from vcproxy.node.holdings import Disconnected, Held, Holdings, TenantChanged
+from vcproxy.node.holdings import Connected, Disconnected, Held, Holdings, TenantChanged
 from vcproxy.node.outbox import Outbox
 from vcproxy.node.receiver import Receiver
 from vcproxy.ops import metrics
@@ -471,6 +471,20 @@ async def test_a_node_leaves_a_brain_that_stays_behind(
         reasons = [event.reason for event in n.saw(Disconnected)]
         assert any("this brain is behind in 1 tenants, acme-1 among them" in reason for reason in reasons)
         assert not any(isinstance(event, TenantChanged) and event.revision == 0 for event in n.events)
+
+
+async def test_a_name_with_several_addresses_leads_to_each_of_them(certificates: Certificates) -> None:
+    placed = Placed({"n": []})
+    async with brain(certificates, placed) as one, brain(certificates, placed) as two:
+        both, met = f"ipv4:{one.address},{two.address}", set[str]()
+        tls = certificates.node("n", server_name="localhost")
+        for _ in range(50):
+            async with node("n", tls, both) as n:
+                await until(lambda: n.saw(Connected))
+                met.add(n.saw(Connected)[0].brain)
+            if len(met) == 2:
+                break
+        assert met == {one.store.brain_id, two.store.brain_id}
 
 
 def test_a_node_may_not_use_up_all_epochs(ahead: Replica) -> None:
