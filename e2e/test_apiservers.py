@@ -250,17 +250,18 @@ def test_frozen_api_server_is_stale_after_its_silence(victim: Patient) -> None:
         victim.fresh()
 
 
-def test_brain_that_starts_while_it_is_away_takes_nothing_from_nodes(victim: Patient) -> None:
+@pytest.mark.parametrize("settings", [{}, {"stateDirectory": ""}], ids=["remembering", "empty-handed"])
+def test_brain_that_starts_while_it_is_away_takes_nothing_from_nodes(victim: Patient, settings: dict[str, str]) -> None:
     world = victim.world
     with victim.untouched():
         victim.plane.kill()
         world.cluster.kill("brain")
-        world.cluster.start_brain()
+        world.cluster.start_brain(**settings)
         world.connected()
         began = time.time()
         eventually(lambda: world.tenant_row("acme")["synced"], within=20, what="acme is synced")
         eventually(lambda: victim.row["staleSince"], within=20, what="victim is stale")
-        assert not victim.row["synced"]
+        assert not victim.row["synced"] or (victim.row["restored"] and not settings)
         assert time.time() - began < 20
     victim.plane.start()
     victim.fresh()
