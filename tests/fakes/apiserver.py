@@ -259,6 +259,10 @@ class FakeApiServer:
             if watch.path == path and (line := watch.line(change)):
                 watch.queue.put_nowait(line)
 
+    def define(self, kind: str, path: str) -> None:
+        """Serve a kind of its own, as with a CustomResourceDefinition."""
+        self._kinds[path] = kind
+
     # --- watches ------------------------------------------------------------------------------------------------------
 
     def send(self, kind: str, line: bytes) -> None:
@@ -312,6 +316,8 @@ class FakeApiServer:
             return failure(404, "the server could not find the requested resource")
         prefix, namespace, plural, name = match.groups()
         path = f"{prefix}/{plural}"
+        if verb in ("list", "watch") and path not in self._kinds:
+            return failure(404, "the server could not find the requested resource")
         match verb:
             case "list":
                 return self._list(request, path, namespace or "")

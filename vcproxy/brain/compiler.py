@@ -7,7 +7,8 @@ holds, and after any sequence of events the result is, byte for byte, what compi
 The work is cut where its inputs are: `frame` reads a Service (all but endpoints), `pack_slice` reads a slice, each
 once, when the object arrives; what is kept are those two compact forms, never the decoded objects. Compiling joins
 them. Where the guard refuses a value, the rest of its object goes on; where an object makes no sense as a whole, its
-last good form stays.
+last good form stays. Endpoints are judged by what the super cluster says of their addresses (screen.py); when that
+changes, `reconsider` compiles the services concerned again, and no slice has to be read for it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,8 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from vcproxy.brain.frames import aliased, frame
-from vcproxy.brain.guard import CURES, Policy, Reason, Refusal, Refusals, Unusable
+from vcproxy.brain.guard import BACKEND_REASONS, CURES, Policy, Reason, Refusal, Refusals, Unusable
+from vcproxy.brain.screen import Rights, Screen
 from vcproxy.brain.slices import PackedSlice, join, pack_slice
 from vcproxy.brain.vouched import Aliases
 from vcproxy.kube import shapes
@@ -52,19 +54,28 @@ class Compiled(NamedTuple):
     refusals: tuple[Refusal, ...]
 
 
-def compile_service(service: shapes.Service, slices: Iterable[shapes.EndpointSlice], policy: Policy) -> Compiled:
-    """One Service with all the slices that name it (others are skipped). Raises Unusable."""
+def compile_service(
+    service: shapes.Service, slices: Iterable[shapes.EndpointSlice], policy: Policy, rights: Rights | None = None
+) -> Compiled:
+    """One Service with all the slices that name it (others are skipped). Raises Unusable.
+
+    `rights`: says which endpoint addresses are the tenant's; None: all.
+    """
     namespace, name = service.key
-    refusals = Refusals("Service", namespace, name)
+    refusals = Refusals("Service", namespace, name, service.metadata.uid)
     ports = frame(service, policy, refusals)
     said = list(refusals.records())
     packed: list[PackedSlice] = []
     for found in slices:
-        refusals = Refusals("EndpointSlice", *found.key)
+        refusals = Refusals("EndpointSlice", *found.key, found.metadata.uid)
         held = pack_slice(found, refusals)
         if held is not None and (found.key[0], held.service) == service.key:
-            packed.append(held)
             said.extend(refusals.records())
+            if rights is not None:
+                screen = Screen(rights)
+                said.extend(screen.put(found.key, held, None, found.metadata.uid))
+                held = screen.admitted(found.key, held)
+            packed.append(held)
     return Compiled(tuple(assemble(ports, packed)), tuple(said))
 
 
@@ -83,6 +94,9 @@ class Compiler:
     `put`, `delete` and `malformed` read one object into memory, `flush` compiles what that made dirty. Nothing comes
     out before both kinds are `listed`: half of the objects would be a wrong, not an old, state.
 
+    `rights` says which endpoint addresses are the tenant's; None: all are. When it has changed its mind about some,
+    call `reconsider`.
+
     Limits hold what is kept: a new Service or a slice beyond them is refused and the last good form of it stays. When
     later removals make room, `starved` says that a new list is worth asking for. `noticed` gets each new refusal.
 
@@ -93,10 +107,12 @@ class Compiler:
         self,
         policy: Policy,
         *,
+        rights: Rights | None = None,
         aliases: Aliases | None = None,
         noticed: Callable[[Refusal], None] = lambda refusal: None,
     ) -> None:
         self._policy = policy
+        self._screen = Screen(rights) if rights is not None else None
         self._aliases = aliases if aliases is not None else Aliases()
         self._noticed = noticed
         self._frames: dict[Key, _Frame] = {}
@@ -135,6 +151,10 @@ class Compiler:
         """Everything refused of the objects as they are now."""
         for records in self._refusals.values():
             yield from records
+
+    def refuses(self, refusal: Refusal) -> bool:
+        """Whether this is (still) refused."""
+        return refusal in self._refusals.get((refusal.kind, (refusal.namespace, refusal.name)), ())
 
     def explain(self, namespace: str, name: str) -> tuple[Refusal, ...]:
         """What was refused of one Service and its slices."""
@@ -188,6 +208,32 @@ class Compiler:
         record = Refusal(kind, *error.key, error.field, Reason.MALFORMED, error.reason, cure=CURES[Reason.MALFORMED])
         self._note(kind, error.key, (record,))
 
+    def reconsider(self, addresses: Iterable[bytes]) -> Change:
+        """The right to these addresses has changed: compile what leads there, at once and before all that is dirty.
+
+        A right that is lost does not wait for its tenant's other changes, of which there may be a flood.
+        """
+        change = Change([], [])
+        if self._screen is None:
+            return change
+        touched: dict[Key, None] = {}
+        for key in sorted(self._screen.slices(addresses)):
+            service = self._service_of[key]
+            held = self._slices[service][key[1]]
+            before = self._screen.admitted(key, held)
+            old = self._refusals.get(("EndpointSlice", key), ())
+            said = self._screen.judge(key, held, next((record.uid for record in old), ""))
+            self._note("EndpointSlice", key, (*(one for one in old if one.reason not in BACKEND_REASONS), *said))
+            if self._screen.admitted(key, held) != before or service in self._dirty:
+                touched[service] = None
+        for service in touched:
+            if self.ready:
+                self._dirty.pop(service, None)
+                self._compile(service, change)
+            else:
+                self._dirty[service] = None
+        return change
+
     def flush(self, enough: Callable[[], bool] = lambda: False) -> Change:
         """Compile what is dirty; `enough` is asked after each Service whether to leave the rest for the next call."""
         change = Change([], [])
@@ -202,9 +248,12 @@ class Compiler:
         return change
 
     def _compile(self, key: Key, change: Change) -> None:
-        held = self._frames.get(key)
-        framed = aliased(held.ports, self._alias(key, held.uid)) if held is not None else ()
-        ports = tuple(assemble(framed, self._slices.get(key, {}).values()))
+        slices: Iterable[PackedSlice] = self._slices.get(key, {}).values()
+        if self._screen is not None:
+            slices = [self._screen.admitted((key[0], name), held) for name, held in self._slices.get(key, {}).items()]
+        framed = self._frames.get(key)
+        frames = aliased(framed.ports, self._alias(key, framed.uid)) if framed is not None else ()
+        ports = tuple(assemble(frames, slices))
         now = tuple(port.key for port in ports)
         change.put.extend(ports)
         change.removed.extend(old for old in self._emitted.get(key, ()) if old not in now)
@@ -215,7 +264,7 @@ class Compiler:
 
     def _put_service(self, found: shapes.Service) -> None:
         key = found.key
-        refusals = Refusals("Service", *key)
+        refusals = Refusals("Service", *key, found.metadata.uid)
         limits = self._policy.limits
         if limits is not None and key not in self._frames and len(self._frames) >= limits.services:
             refusals.add("metadata", Reason.LIMIT, f"more than {limits.services} services")
@@ -250,7 +299,8 @@ class Compiler:
 
     def _put_slice(self, found: shapes.EndpointSlice) -> None:
         key = found.key
-        refusals = Refusals("EndpointSlice", *key)
+        uid = found.metadata.uid
+        refusals = Refusals("EndpointSlice", *key, uid)
         packed = pack_slice(found, refusals)
         if packed is None:
             self.delete("EndpointSlice", key)
@@ -259,16 +309,23 @@ class Compiler:
         old_service = self._service_of.get(key)
         old = self._slices[old_service].get(key[1]) if old_service is not None else None
         if old == packed:
-            self._note("EndpointSlice", key, refusals.records())
+            screened: tuple[Refusal, ...] = ()
+            if self._screen is not None:
+                before = self._screen.admitted(key, packed)
+                screened = self._screen.judge(key, packed, uid)
+                if self._screen.admitted(key, packed) != before:
+                    self._dirty[service] = None
+            self._note("EndpointSlice", key, refusals.records() + screened)
             return
         if over := self._over_limit(service, packed, old, old_service):
             refusals.add("endpoints", Reason.LIMIT, over)
             self._note("EndpointSlice", key, refusals.records())
             return
-        self._note("EndpointSlice", key, refusals.records())
         if old_service is not None and old_service != service:
             self._drop_slice(key)
             old = None
+        screened = self._screen.put(key, packed, old, uid) if self._screen is not None else ()
+        self._note("EndpointSlice", key, refusals.records() + screened)
         self._weight += packed.weight - (old.weight if old else 0)
         self._slices.setdefault(service, {})[key[1]] = packed
         self._service_of[key] = service
@@ -294,7 +351,10 @@ class Compiler:
         if service is None:
             return
         held = self._slices[service]
-        self._weight -= held.pop(key[1]).weight
+        gone = held.pop(key[1])
+        self._weight -= gone.weight
+        if self._screen is not None:
+            self._screen.drop(key, gone)
         if not held:
             del self._slices[service]
         self._room = True

@@ -1,9 +1,14 @@
 """BrainConfiguration: the brain's configuration file."""
 
-from typing import Annotated
+import re
+from collections.abc import Container
+from typing import Annotated, Any, Literal
 
-from msgspec import Meta, field
+import msgspec
+from msgspec import UNSET, Meta, UnsetType, field
 
+from vcproxy.brain.guard import PortRange
+from vcproxy.model.addresses import Prefix, parse_prefix
 from vcproxy.ops.configfile import Section
 
 
@@ -30,6 +35,9 @@ class SuperCluster(Section, frozen=True):
     services: Annotated[bool, Meta(description="proxy its own Services, as tenant `super`")] = True
     pods: Annotated[
         bool, Meta(description="read its Pods, which say where whose pods run; false: tenants go to every node")
+    ] = True
+    tenant_policies: Annotated[
+        bool, Meta(description="read its TenantPolicies, if it has the CustomResourceDefinition")
     ] = True
     node: Annotated[
         str, Meta(description="the only node that is served: others' Node objects and Pods are not read; empty: all")
@@ -81,14 +89,68 @@ class TenantSource(Section, frozen=True, omit_defaults=True):
     ] = None
 
 
+class Cidr:
+    """A CIDR, or an address alone."""
+
+    __slots__ = ("prefix",)
+
+    def __init__(self, prefix: Prefix) -> None:
+        self.prefix = prefix
+
+    @classmethod
+    def parse(cls, text: str) -> "Cidr":
+        """Raises ValueError."""
+        return cls(parse_prefix(text))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cidr) and other.prefix == self.prefix
+
+    def __hash__(self) -> int:
+        return hash(self.prefix)
+
+    def __str__(self) -> str:
+        return str(self.prefix)
+
+
+class Ports:
+    """One port, `8080`, or a range, `30000-30100`."""
+
+    __slots__ = ("range",)
+
+    def __init__(self, ports: PortRange) -> None:
+        self.range = ports
+
+    @classmethod
+    def parse(cls, text: str) -> "Ports":
+        """Raises ValueError."""
+        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", text.strip())
+        first = int(match[1]) if match else 0
+        last = int(match[2] or first) if match else 0
+        if not 0 < first <= last < 65536:
+            raise ValueError(f"{text[:32]!r} is no port or range of ports: write 30000-30100")
+        return cls(PortRange(first, last))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ports) and other.range == self.range
+
+    def __hash__(self) -> int:
+        return hash(self.range)
+
+    def __str__(self) -> str:
+        return str(self.range)
+
+
+Count = Annotated[int, Meta(ge=0)]
+
+
 class Limits(Section, frozen=True):
     """What one tenant may use; beyond it the last good state stays and the tenant is marked degraded."""
 
-    services: int = 10_000
-    endpoints: int = 100_000
-    endpoints_per_service: int = 5_000
-    object_bytes: Annotated[int, Meta(description="largest object read from a tenant's API server")] = 1 << 20
-    events_per_second: int = 500
+    services: Count = 10_000
+    endpoints: Count = 100_000
+    endpoints_per_service: Count = 5_000
+    object_bytes: Annotated[int, Meta(ge=1024, description="largest object read from a tenant's API server")] = 1 << 20
+    events_per_second: Annotated[int, Meta(ge=0, description="changes compiled on average; 0: any number")] = 500
 
 
 class TenantPolicy(Section, frozen=True):
@@ -103,22 +165,84 @@ class TenantPolicy(Section, frozen=True):
     ] = ()
 
     virtual_ip_ranges: Annotated[
-        tuple[str, ...],
+        tuple[Cidr, ...],
         Meta(description="CIDRs that ClusterIPs must lie in; empty: any address but those never allowed"),
     ] = field(name="virtualIPRanges", default=())
     external_ip_ranges: Annotated[
-        tuple[str, ...],
-        Meta(description="CIDRs that external and load-balancer IPs must lie in; empty: tenants get none"),
+        tuple[Cidr, ...], Meta(description="CIDRs that externalIPs must lie in; empty: tenants get none")
     ] = field(name="externalIPRanges", default=())
-    node_ports: Annotated[bool, Meta(description="tenants may have NodePorts on the shared nodes' addresses")] = False
-    node_port_range: Annotated[
-        str,
+    load_balancer_ip_ranges: Annotated[
+        tuple[Cidr, ...] | None,
+        Meta(description="CIDRs that load-balancer IPs must lie in; null: externalIPRanges; empty: tenants get none"),
+    ] = field(name="loadBalancerIPRanges", default=None)
+    node_ports: Annotated[
+        bool | tuple[Ports, ...],
         Meta(
-            description="which numbers; keep them apart from the super cluster's --service-node-port-range",
-            pattern="^[0-9]+-[0-9]+$",
+            description="NodePorts on the shared nodes' addresses: true: all of 30000-32767, false: none, or ranges "
+            '(["31000-31099"]), best apart from those of the super cluster\'s --service-node-port-range'
         ),
-    ] = "30000-32767"
+    ] = False
+    health_check_node_ports: Annotated[
+        bool | tuple[Ports, ...] | None, Meta(description="the same for healthCheckNodePort; null: nodePorts")
+    ] = None
+    backends: Annotated[
+        Literal["sameTenantPods", "any"] | None,
+        Meta(
+            description="sameTenantPods: an endpoint must be a pod that the super cluster says is the tenant's, or lie "
+            "in egress; any: it may be any address that is not denied; null: sameTenantPods where the super cluster's "
+            "pods are known, but any for tenants of a directory"
+        ),
+    ] = None
+    egress: Annotated[tuple[Cidr, ...], Meta(description="CIDRs outside of the cluster that endpoints may lie in")] = ()
+    denied_ranges: Annotated[
+        tuple[Cidr, ...], Meta(description="CIDRs that no endpoint but the tenant's own pods may lie in, egress or not")
+    ] = ()
+    deny_node_addresses: Annotated[bool, Meta(description="no endpoint may be a node, egress or not")] = True
+    deny_other_tenants_pods: Annotated[bool, Meta(description="nor a pod of another tenant")] = True
+    pod_network: Annotated[
+        Literal["shared", "own"],
+        Meta(
+            description="own: the tenant has a network of its own, where other tenants' pods may have equal addresses"
+        ),
+    ] = "shared"
+    events: Annotated[
+        bool, Meta(description="tell a tenant what is refused by Events in its own API server, if it lets us")
+    ] = True
     limits: Limits = Limits()
+
+
+class Match(Section, frozen=True):
+    """Which tenants: those for which all that is said here is so; {}: all."""
+
+    name: str | None = None
+    namespace: Annotated[str | None, Meta(description="of the object in the super cluster that is the tenant")] = None
+    uid: str | None = None
+    labels: Annotated[dict[str, str], Meta(description="of that object")] = field(default_factory=dict)
+
+
+def _patch(shape: type[Section], *, but: Container[str] = ()) -> type[Section]:
+    """The same fields, each of which may be absent; `but` not these."""
+    fields = [each for each in msgspec.structs.fields(shape) if each.name not in but]
+    patched: list[tuple[str, Any, Any]] = []
+    for each in fields:
+        kind = _patch(each.type) if isinstance(each.type, type) and issubclass(each.type, Section) else each.type
+        patched.append((each.name, kind | UnsetType, UNSET))
+    names = {each.name: each.encode_name for each in fields}
+    doc = {"__doc__": shape.__doc__}
+    return msgspec.defstruct(
+        f"{shape.__name__}Patch", patched, bases=(Section,), frozen=True, rename=names, namespace=doc
+    )  # type: ignore[return-value]
+
+
+PolicyPatch = _patch(TenantPolicy, but=("api_servers",))
+"""A TenantPolicy of which anything may be left out; where API servers may be is one rule for all."""
+
+
+class Override(Section, frozen=True):
+    """A policy for some tenants: what it does not say is as before."""
+
+    match: Match
+    policy: PolicyPatch  # type: ignore[valid-type]
 
 
 class Tenants(Section, frozen=True):
@@ -128,6 +252,13 @@ class Tenants(Section, frozen=True):
         TenantSource(directory=DirectorySource()),
     )
     policy: TenantPolicy = TenantPolicy()
+    overrides: Annotated[
+        tuple[Override, ...],
+        Meta(
+            description="for tenants by name, namespace, labels or uid; each changes what was said before it:\n"
+            "  [{match: {name: acme}, policy: {nodePorts: [30000-30100]}}]"
+        ),
+    ] = ()
     silence_seconds: Annotated[
         float, Meta(description="a watch that says nothing for so long is given up; API servers speak once a minute")
     ] = 150.0

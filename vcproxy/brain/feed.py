@@ -13,6 +13,10 @@ sees are consistent steps, each service port as new as the batch.
 Empty and unknown are different things. The tenant becomes `synced` in the store when Services and EndpointSlices have
 both been listed completely and compiled (and ServiceCIDRs, if the server has them). An API server that is away never
 empties anything; but a complete list that is empty (an etcd that was wiped) is the truth, and deletes.
+
+What is taken away from a tenant is taken away at once, whatever its API server does: a right to an address that is lost
+passes by the tenant's own changes and its rate; new rules (`set_policy`) first restrict what the store holds, and only
+then is everything listed anew. What is granted comes with the next list. Nothing is served before the rules are known.
 """
 
 import asyncio
@@ -28,8 +32,10 @@ import msgspec
 from vcproxy.brain.chronicle import Chronicle
 from vcproxy.brain.compiler import Compiler, Key
 from vcproxy.brain.compiler import Kind as Compiled
-from vcproxy.brain.guard import Policy, Reason, Refusal, judge_virtual_ranges
+from vcproxy.brain.guard import BACKEND_REASONS, Policy, Reason, Refusal, judge_virtual_ranges
 from vcproxy.brain.inbox import GONE, Batch, Inbox
+from vcproxy.brain.ownership import Ownership, Rights
+from vcproxy.brain.restriction import restrict
 from vcproxy.brain.sources import Input, Kind
 from vcproxy.brain.store import Store
 from vcproxy.brain.vouched import Aliases
@@ -47,6 +53,10 @@ from vcproxy.ops.stopping import heeded
 
 SLICE_SECONDS = 0.004
 """How long a feed works before it lets other tasks run."""
+SHORT_REST = 0.02
+"""Seconds between two looks at whether a right has changed, of a tenant that is over its rate."""
+CONFIRM_SECONDS = 5.0
+"""How long the refusal of an endpoint must last to be counted and told: Pods and slices come by different ways."""
 RELIST_SECONDS = 60.0
 """At most this often a list is asked for because a tenant at its limits has made room."""
 OVERTAKEN_SECONDS = 1.0
@@ -63,8 +73,10 @@ class Feed:
     """Keeps one tenant in `store` up to date from `source`; `await run()` within a TaskGroup.
 
     `events_per_second`: how many changed objects are compiled on average, 0 for any; beyond it changes of one object
-    coalesce for longer. `observe`: gets every event too, after the feed took it (placement reads slices there).
-    `aliases`: further virtual addresses of its Services.
+    coalesce for longer. `aliases`: further virtual addresses of its Services. `observe`: gets every event too, after
+    the feed took it (placement reads slices there). `noticed`: gets each new refusal, counted already. `ownership`:
+    says which endpoint addresses are whose; None: any may be anybody's. `rules_known`: until then nothing is compiled;
+    call `look` when it turned true.
     """
 
     def __init__(
@@ -77,6 +89,10 @@ class Feed:
         events_per_second: int = 0,
         aliases: Aliases | None = None,
         observe: Callable[[Kind, Event[Any]], None] = lambda kind, event: None,
+        noticed: Callable[[Refusal], None] = lambda refusal: None,
+        ownership: Ownership | None = None,
+        rules_known: Callable[[], bool] = lambda: True,
+        confirm_seconds: float = CONFIRM_SECONDS,
         backoff: Backoff | None = None,
     ) -> None:
         self.tenant = tenant
@@ -86,7 +102,18 @@ class Feed:
         self.last_error = ""
         self._store = store
         self._observe = observe
-        self._rate = events_per_second
+        self._noticed = noticed
+        self._ownership = ownership
+        self._rules_known = rules_known
+        self._rights: Rights | None = None  # None: endpoints may be anywhere
+        self._doubtful: set[bytes] = set()  # addresses to which the right may have changed
+        self._renewal = asyncio.Event()
+        self._confirm_seconds = confirm_seconds
+        self._confirming: asyncio.TimerHandle | None = None
+        self._unconfirmed: dict[Refusal, None] = {}
+        self._rate = 0
+        self._budget: Budget | None = None
+        self._pace(events_per_second)
         self._backoff = backoff or Backoff(base=0.5, cap=60.0, uniform=random.uniform)
         self._aliases = aliases if aliases is not None else Aliases()
         self._aliases.changed = self._touch
@@ -103,7 +130,12 @@ class Feed:
 
     def _begin(self) -> None:
         """Empty hands: everything is listed and compiled anew. What the store holds stays until then."""
-        self.compiler = Compiler(self.policy, aliases=self._aliases, noticed=self._notice)
+        self._rights = None
+        if self._ownership is not None and self.policy.judges_backends:
+            self._rights = self._ownership.rights(self.tenant.uid, self.policy)
+            self._rights.reconsider, self._rights.wake = self._reconsider, self.look
+        self.compiler = Compiler(self.policy, rights=self._rights, aliases=self._aliases, noticed=self._notice)
+        self._doubtful.clear()
         self._batch: Batch | None = None
         self._inbox = Inbox(held=self._held, wall_ns=time.time_ns)
         self._arrived = asyncio.Event()
@@ -115,6 +147,13 @@ class Feed:
 
     async def run(self) -> NoReturn:
         """Follow the tenant for ever. Nothing but cancellation comes out."""
+        try:
+            await self._run()
+        finally:
+            if self._confirming is not None:
+                self._confirming.cancel()
+
+    async def _run(self) -> NoReturn:
         while True:
             began, relist = time.monotonic(), False
             try:
@@ -141,6 +180,7 @@ class Feed:
             group.create_task(self.source.run(self.take))
             group.create_task(self._compile())
             group.create_task(self._catch_up())
+            group.create_task(self._until_renewed())
 
     def take(self, kind: Kind, event: Event[Any]) -> None:
         """One event of the input: remembered at once, compiled soon."""
@@ -163,28 +203,98 @@ class Feed:
                 self._take_ranges(event)
         self._observe(kind, event)
 
+    # --- rules --------------------------------------------------------------------------------------------------------
+
+    def set_policy(self, policy: Policy, events_per_second: int = 0) -> None:
+        """These rules from now on. What they no longer allow is gone from the store when this returns."""
+        self._pace(events_per_second)
+        if policy == self.policy:
+            return
+        old, self.policy = self.policy, policy
+        self._begin()
+        if self._open:
+            self._restrict(None, old)
+        self._renewal.set()
+
+    def _pace(self, rate: int) -> None:
+        if rate != self._rate:
+            self._rate, self._budget = rate, Budget(rate, rate, time.monotonic()) if rate else None
+
+    def look(self) -> None:
+        """The rules may be known now."""
+        self._arrived.set()
+
+    async def _until_renewed(self) -> NoReturn:
+        await self._renewal.wait()
+        self._renewal.clear()
+        self._versions = self._read_to()
+        raise _Relist
+
+    @property
+    def _open(self) -> bool:
+        """Whether the rules are known."""
+        return self._rules_known() and (self._rights is None or self._rights.known)
+
+    def _reconsider(self, address: bytes) -> None:
+        self._doubtful.add(address)
+        self._arrived.set()
+
+    def _settle_rights(self) -> None:
+        """Compile what a changed right concerns; what a former run left in the store is restricted."""
+        if not self._doubtful or not self._open:
+            return
+        addresses, self._doubtful = self._doubtful, set()
+        change = self.compiler.reconsider(addresses)
+        self._store.update(self.tenant.uid, change.put, change.removed)
+        if not self._complete:
+            self._restrict(addresses, None)
+
+    def _restrict(self, addresses: set[bytes] | None, old: Policy | None) -> None:
+        model = self._store.tenants()[self.tenant.uid].model
+        change = restrict(model, old, self.policy, self._rights, addresses)
+        self._store.update(self.tenant.uid, change.put, change.removed)
+
     # --- content ------------------------------------------------------------------------------------------------------
 
     async def _compile(self) -> NoReturn:
         """Batch after batch."""
         relisted = time.monotonic()
-        budget = Budget(self._rate, self._rate, relisted) if self._rate else None
+        restricted = False
         while True:
             await self._arrived.wait()
             self._arrived.clear()
-            self._batch = self._inbox.drain()
-            touched = {kind for kind, _ in self._batch.items}
-            self._chronicle.taken(self._read_to(), touched=touched, listed=self._batch.listed)
-            await self._read(self._batch)
-            await self._emit(self._batch.timing)
-            metrics.EVENTS.labels(self.tenant.uid).inc(len(self._batch.items))
+            if self._open and not restricted:
+                restricted = True
+                if not self._complete:  # what a former run left was compiled by its rules, and knew its pods
+                    self._restrict(None, None)
+                    self._judge_health()  # what is remembered may be served now
+            self._settle_rights()
+            batch = self._batch = self._inbox.drain()
+            touched = {kind for kind, _ in batch.items}
+            self._chronicle.taken(self._read_to(), touched=touched, listed=batch.listed)
+            await self._read(batch)
+            await self._emit(batch.timing)
+            metrics.EVENTS.labels(self.tenant.uid).inc(len(batch.items))
             # Many changes of one object cost as one: else a flood would be paid for by ever longer waiting.
-            changed, self._batch = min(self._batch.events, len(self._batch.items)), None
+            changed, self._batch = min(batch.events, len(batch.items)), None
             if self._relist or (self.compiler.starved and time.monotonic() - relisted > RELIST_SECONDS):
                 self._versions = self._read_to()
                 raise _Relist
-            if budget is not None and (wait := budget.spend(changed, time.monotonic())):
-                await asyncio.sleep(wait)
+            if self._budget is not None and (wait := self._budget.spend(changed, time.monotonic())):
+                await self._rest(wait)
+
+    async def _rest(self, seconds: float) -> None:
+        """The tenant has had its share for so long; only rights that changed are seen to."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self._arrived.clear()
+            self._settle_rights()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._arrived.wait()
+            if not self._doubtful:  # events: they wait in the inbox
+                await asyncio.sleep(min(SHORT_REST, max(left, 0)))
+        self._arrived.set()
 
     async def _read(self, batch: Batch) -> None:
         clock, compiler = _Slice(), self.compiler
@@ -196,6 +306,7 @@ class Feed:
             else:
                 compiler.put(item)
             if clock.spent():
+                self._settle_rights()
                 await asyncio.sleep(0)
                 clock = _Slice()
         for kind in batch.listed:
@@ -204,14 +315,15 @@ class Feed:
     async def _emit(self, timing: Timing) -> None:
         """Compile what the batch made dirty into the store."""
         uid, compiler, store = self.tenant.uid, self.compiler, self._store
-        while compiler.ready and not compiler.clean:
+        while compiler is self.compiler and compiler.ready and self._open and not compiler.clean:
             change = compiler.flush(_Slice().spent)
             compiled = msgspec.structs.replace(timing, compiled=time.time_ns())
             if store.update(uid, change.put, change.removed, compiled) is not None:
                 metrics.COMPILE.observe(max(0, compiled.compiled - compiled.received) / 1e9)
             if not compiler.clean:
                 await asyncio.sleep(0)
-        if compiler.ready and self._ranges_known and not self._complete:
+            self._settle_rights()
+        if compiler is self.compiler and compiler.ready and self._open and self._ranges_known and not self._complete:
             self._complete = True
             emitted = compiler.emitted()
             gone = [key for key in store.tenants()[uid].model.ports if key not in emitted]
@@ -299,7 +411,28 @@ class Feed:
             self._store.set_stale(self.tenant.uid, None)
 
     def _notice(self, refusal: Refusal) -> None:
+        """A refusal is new. An endpoint whose Pod is about to be seen is none: it is given time to be."""
+        if refusal.reason not in BACKEND_REASONS:
+            self._count(refusal)
+            return
+        self._unconfirmed[refusal] = None
+        if self._confirming is None:
+            self._confirming = asyncio.get_running_loop().call_later(self._confirm_seconds, self._confirm)
+
+    def _confirm(self) -> None:
+        self._confirming = None
+        waiting, self._unconfirmed = self._unconfirmed, {}
+        for refusal in waiting:
+            if not self.compiler.refuses(refusal):
+                continue
+            if self._open:
+                self._count(refusal)
+            else:
+                self._notice(refusal)
+
+    def _count(self, refusal: Refusal) -> None:
         metrics.REFUSED.labels(self.tenant.uid, refusal.reason.value).inc(refusal.count)
+        self._noticed(refusal)
         self._logged += 1
         if self._logged <= LOGGED_REFUSALS:
             level = "error" if refusal.reason is Reason.LIMIT else "warning"

@@ -16,7 +16,7 @@ from vcproxy.brain.guard import (
     Refusals,
     Unusable,
     judge_external_ip,
-    judge_node_port,
+    judge_port,
     judge_virtual_ip,
     never_allowed,
 )
@@ -160,7 +160,7 @@ def _public(
             continue
         if (4 if len(address) == 4 else 6) not in families:
             continue
-        reason = judge_external_ip(address, policy)
+        reason = judge_external_ip(address, policy, kind)
         if reason is None:
             allowed.add((kind, address))
         else:
@@ -173,7 +173,7 @@ def _node_ports(
 ) -> list[Frontend]:
     if not port.node_port:
         return []
-    if (reason := judge_node_port(port.node_port, policy)) is not None:
+    if reason := judge_port(port.node_port, policy.node_ports):
         refusals.add("spec.ports[].nodePort", reason, str(port.node_port))
         return []
     return [Frontend(FrontendKind.NODE_PORT, _ANY_NODE[family], port.node_port) for family in families]
@@ -226,7 +226,7 @@ def _health_check_node_port(spec: shapes.ServiceSpec, policy: Policy, refusals: 
     asked = spec.health_check_node_port
     if not asked or spec.type != "LoadBalancer" or spec.external_traffic_policy != "Local":
         return 0
-    if (reason := judge_node_port(asked, policy)) is not None:
+    if reason := judge_port(asked, policy.health_check_node_ports):
         refusals.add("spec.healthCheckNodePort", reason, str(asked))
         return 0
     return asked

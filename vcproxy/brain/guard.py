@@ -15,12 +15,14 @@ endpoints are one record: `status` and `explain` show them, metrics count them.
 """
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from vcproxy.kube.errors import printable
 from vcproxy.model.addresses import Prefix, format_address, parse_prefix
+from vcproxy.model.services import FrontendKind
 
 LONGEST_VALUE = 64
 """Characters of a refused value that are kept."""
@@ -34,6 +36,10 @@ class Reason(enum.StrEnum):
     EXTERNAL_IP = "external-ip-not-granted"
     NODE_PORT = "node-port-not-granted"
     NODE_PORT_RANGE = "node-port-outside-range"
+    NOT_OWN_POD = "not-own-pod"
+    OTHER_TENANTS_POD = "other-tenants-pod"
+    NODE_ADDRESS = "node-address"
+    DENIED_RANGE = "denied-range"
     LIMIT = "over-limit"
     MALFORMED = "malformed"
 
@@ -42,18 +48,27 @@ CURES = {
     Reason.NEVER_ALLOWED: "use an address that is not loopback, link-local, multicast, unspecified or reserved",
     Reason.OUTSIDE_VIRTUAL_RANGES: "use a ClusterIP inside the operator's virtualIPRanges, or ask for the range",
     Reason.EXTERNAL_IP: "ask the operator to grant the address in externalIPRanges",
-    Reason.NODE_PORT: "ask the operator for nodePorts",
-    Reason.NODE_PORT_RANGE: "use a port inside the operator's nodePortRange (kube-apiserver --service-node-port-range)",
+    Reason.NODE_PORT: "ask the operator to grant the port in nodePorts",
+    Reason.NODE_PORT_RANGE: "use a port inside the operator's nodePorts (kube-apiserver --service-node-port-range)",
+    Reason.NOT_OWN_POD: "use addresses of the tenant's running pods, or ask the operator to grant the range in egress",
+    Reason.OTHER_TENANTS_POD: "use addresses of the tenant's own pods; where tenants have networks of their own, the "
+    "operator sets podNetwork: own",
+    Reason.NODE_ADDRESS: "use addresses of pods, not of nodes",
+    Reason.DENIED_RANGE: "use an address outside of the operator's deniedRanges",
     Reason.LIMIT: "delete objects that are no longer needed, or ask the operator for a higher limit",
     Reason.MALFORMED: "correct the field",
 }
+
+
+BACKEND_REASONS = frozenset((Reason.NOT_OWN_POD, Reason.OTHER_TENANTS_POD, Reason.NODE_ADDRESS, Reason.DENIED_RANGE))
+"""Why an endpoint that is an address like any other is refused: these may change without the slice."""
 
 
 class Refusal(msgspec.Struct, frozen=True):
     """Part of one object that is not used.
 
     `kind` Service or EndpointSlice; `field` an API path ("spec.externalIPs"); `value` an example of what was refused,
-    bounded; `count` how many there are.
+    bounded; `count` how many there are; `uid` the object's, "" if unknown.
     """
 
     kind: str
@@ -64,11 +79,19 @@ class Refusal(msgspec.Struct, frozen=True):
     value: str = ""
     count: int = 1
     cure: str = ""
+    uid: str = ""
 
     def __str__(self) -> str:
         several = f" (and {self.count - 1} more)" if self.count > 1 else ""
         where = f"{self.kind} {self.namespace}/{self.name}: {self.field}"
         return f"{where}: {self.value!r}{several}: {self.reason}; {self.cure}"
+
+
+def for_tenant(refusal: Refusal) -> tuple[Reason, str]:
+    """Reason and cure as the tenant may know them: not whose an address is that is not its own."""
+    if refusal.reason in BACKEND_REASONS:
+        return Reason.NOT_OWN_POD, CURES[Reason.NOT_OWN_POD]
+    return refusal.reason, refusal.cure
 
 
 class Unusable(Exception):
@@ -82,8 +105,9 @@ class Unusable(Exception):
 class Refusals:
     """Collects the refusals of one object while it is read."""
 
-    def __init__(self, kind: str, namespace: str, name: str) -> None:
+    def __init__(self, kind: str, namespace: str, name: str, uid: str = "") -> None:
         self._object = (kind, namespace, name)
+        self._uid = printable(uid, LONGEST_VALUE)
         self._found: dict[tuple[str, Reason], tuple[str, int, str]] = {}
 
     def add(self, field: str, reason: Reason, value: str, *, cure: str = "") -> None:
@@ -98,7 +122,7 @@ class Refusals:
     def records(self) -> tuple[Refusal, ...]:
         """All of them, in the order they were met."""
         return tuple(
-            Refusal(*self._object, field, reason, example, count, cure or CURES[reason])
+            Refusal(*self._object, field, reason, example, count, cure or CURES[reason], self._uid)
             for (field, reason), (example, count, cure) in self._found.items()
         )
 
@@ -114,22 +138,68 @@ class Limits(msgspec.Struct, frozen=True):
     endpoints_per_service: int = 5_000
 
 
+class PortRange(NamedTuple):
+    """Ports from `first` to `last`, both included."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}" if self.first != self.last else str(self.first)
+
+
+ALL_PORTS = (PortRange(1, 65535),)
+KUBERNETES_PORTS = (PortRange(30000, 32767),)
+"""Default of kube-apiserver's --service-node-port-range."""
+
+
 class Policy(msgspec.Struct, frozen=True):
     """What the operator grants one tenant.
 
-    `virtual_ip_ranges`: where ClusterIPs must lie; None: anywhere. `external_ip_ranges`: where external and
-    load-balancer IPs must lie; None: anywhere; empty: there are none. `node_ports`: ports on the shared nodes' own
-    addresses, `node_port_range`: which. `limits` None: unlimited.
+    `virtual_ip_ranges`: where ClusterIPs must lie; None: anywhere. `external_ip_ranges`, `load_balancer_ip_ranges`:
+    where external and load-balancer IPs must lie; None: anywhere; empty: there are none. `node_ports`,
+    `health_check_node_ports`: ports on the shared nodes' own addresses.
+
+    Endpoints: `own_pods_only`: they must be pods of the tenant, or in `egress`. Whether or not, they may be none of
+    what is denied: `denied_ranges`, node addresses (`deny_nodes`), other tenants' pods (`deny_other_pods`).
+    `shared_network`: no two pods of whatever tenants have one address.
+
+    `limits` None: unlimited.
     """
 
     virtual_ip_ranges: tuple[Prefix, ...] | None = None
     external_ip_ranges: tuple[Prefix, ...] | None = ()
-    node_ports: bool = False
-    node_port_range: range = range(30000, 32768)
+    load_balancer_ip_ranges: tuple[Prefix, ...] | None = ()
+    node_ports: tuple[PortRange, ...] = ()
+    health_check_node_ports: tuple[PortRange, ...] = ()
+    own_pods_only: bool = False
+    egress: tuple[Prefix, ...] = ()
+    denied_ranges: tuple[Prefix, ...] = ()
+    deny_nodes: bool = True
+    deny_other_pods: bool = True
+    shared_network: bool = True
     limits: Limits | None = Limits()
 
+    @property
+    def judges_backends(self) -> bool:
+        """Whether any endpoint address that is not `never_allowed` may be refused."""
+        return bool(self.own_pods_only or self.denied_ranges or self.deny_nodes or self.denies_other_pods)
 
-UNRESTRICTED = Policy(external_ip_ranges=None, node_ports=True, node_port_range=range(1, 65536), limits=None)
+    @property
+    def denies_other_pods(self) -> bool:
+        """In a network of the tenant's own, other tenants' addresses are other places."""
+        return self.deny_other_pods and self.shared_network
+
+
+UNRESTRICTED = Policy(
+    external_ip_ranges=None,
+    load_balancer_ip_ranges=None,
+    node_ports=ALL_PORTS,
+    health_check_node_ports=ALL_PORTS,
+    deny_nodes=False,
+    deny_other_pods=False,
+    limits=None,
+)
 """The super cluster's: only what is never allowed is refused."""
 
 NEVER = tuple(
@@ -171,24 +241,26 @@ def judge_virtual_ip(address: bytes, policy: Policy) -> Reason | None:
     return None
 
 
-def judge_external_ip(address: bytes, policy: Policy) -> Reason | None:
-    """Why an address may not be an external or load-balancer IP; None: it may."""
+def judge_external_ip(address: bytes, policy: Policy, kind: FrontendKind = FrontendKind.EXTERNAL_IP) -> Reason | None:
+    """Why an address may not be an external or (`kind`) load-balancer IP; None: it may."""
     if never_allowed(address):
         return Reason.NEVER_ALLOWED
-    if policy.external_ip_ranges is not None and not covered(address, policy.external_ip_ranges):
+    balanced = kind is FrontendKind.LOAD_BALANCER
+    ranges = policy.load_balancer_ip_ranges if balanced else policy.external_ip_ranges
+    if ranges is not None and not covered(address, ranges):
         return Reason.EXTERNAL_IP
     return None
 
 
-def judge_node_port(port: int, policy: Policy) -> Reason | None:
+def judge_port(port: int, granted: Sequence[PortRange]) -> Reason | None:
     """Why a port of the shared nodes' own addresses may not be had, be it for NodePorts or health checks; None: it may.
 
-    The range is what keeps a tenant, whose API server gives out whatever it is told to, from the ports that the nodes'
-    own programs and the super cluster's Services have.
+    The ranges are what keeps a tenant, whose API server gives out whatever it is told to, from the ports that the
+    nodes' own programs and the super cluster's Services have.
     """
-    if not policy.node_ports:
+    if not granted:
         return Reason.NODE_PORT
-    return None if port in policy.node_port_range else Reason.NODE_PORT_RANGE
+    return None if any(first <= port <= last for first, last in granted) else Reason.NODE_PORT_RANGE
 
 
 def judge_virtual_ranges(asked: Iterable[Prefix], policy: Policy) -> tuple[Prefix, ...]:

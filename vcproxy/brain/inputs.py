@@ -40,12 +40,27 @@ class RotatingClient:
         self._make = make
         self._turn = turn
         self._client = make(credentials)
-        self.tenant, self.limits = self._client.tenant, self._client.limits
+        self.tenant = self._client.tenant
         self._waits: set[asyncio.Timeout] = set()
+
+    @property
+    def limits(self) -> ClientLimits:
+        """What the server may make us hold; may be replaced at any time."""
+        return self._client.limits
+
+    @limits.setter
+    def limits(self, limits: ClientLimits) -> None:
+        self._client.limits = limits
+
+    async def request(self, method: str, path: str, **how: Any) -> bytes:
+        """As Client.request; one that is under way in a rotation fails. Raises ApiError."""
+        return await self._client.request(method, path, **how)
 
     async def rotate(self, credentials: Credentials) -> None:
         """Use these from now on. Raises KubeconfigError, and then goes on with the old ones."""
+        limits = self._client.limits
         old, self._client = self._client, self._make(credentials)
+        self._client.limits = limits
         # aiohttp leaves whoever reads from a connection of a closed session waiting for ever: so they are told first.
         for wait in self._waits:
             wait.reschedule(0)
@@ -136,6 +151,14 @@ class ApiInput:
     def versions(self) -> Mapping[str, str]:
         """Kind -> resourceVersion up to which everything was told, of kinds that have been listed."""
         return {found.resource.kind: found.resource_version for found in self._reflectors if found.resource_version}
+
+    def limit(self, limits: ClientLimits) -> None:
+        """These limits from now on."""
+        self._client.limits = limits
+
+    async def request(self, method: str, path: str, **how: Any) -> bytes:
+        """One request of other kinds; see Client.request. Raises ApiError."""
+        return await self._client.request(method, path, **how)
 
     async def rotate(self, credentials: Credentials) -> None:
         """Use these credentials from now on. Raises KubeconfigError, and then goes on with the old ones."""

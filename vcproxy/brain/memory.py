@@ -6,9 +6,10 @@ tenant until its API server is back.
 
 Compiled content is kept, not the objects that it came from: some 220 octets for a Service with ten endpoints, and no
 compiler at the start. So what the guard would refuse today must not come back with it: the file says under which policy
-it was compiled, and under another one it is not used. Its mark comes along: such content is older than what a node may
-hold, and is then not sent (see stream). Nor is it ever served before the API server was tried: what can be read is
-read.
+it was compiled, and under another one it is not used; of its endpoints only those are that the super cluster still says
+are the tenant's. Both are looked at when it is to be served: a brain that starts does not know the rules yet. Its mark
+comes along: such content is older than what a node may hold, and is then not sent (see stream). Nor is it ever served
+before the API server was tried: what can be read is read.
 
 Nothing here is fatal. A file that cannot be used is named, set aside as NAME.unusable, and replaced by the next good
 one. Writing is lazy and sparing (ops.statedir), and a file is not written again for a content that it has.
@@ -18,12 +19,14 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from vcproxy.brain import guard
-from vcproxy.brain.guard import Policy
+from vcproxy.brain.guard import NEVER, Policy
+from vcproxy.brain.restriction import restrict
+from vcproxy.brain.screen import Rights
 from vcproxy.brain.store import Remembered, Store
 from vcproxy.model.mark import Position
 from vcproxy.model.tenant import Tenant, TenantModel
@@ -55,15 +58,23 @@ _header = msgspec.msgpack.Decoder(_Header)
 class Memory:
     """The files of `store` in `directory`. `load` first, in any thread; all else belongs to the loop.
 
-    `policy_of`: the policy of the tenant with a uid.
+    `policy_of`: the policy of the tenant with a uid, None while it is not known; `rights_of`: its right to endpoint
+    addresses, None: to any.
     """
 
     def __init__(
-        self, directory: Path, store: Store, *, policy_of: Callable[[str], Policy], delay: float = DELAY
+        self,
+        directory: Path,
+        store: Store,
+        *,
+        policy_of: Callable[[str], Policy | None],
+        rights_of: Callable[[str, Policy], Rights | None] = lambda uid, policy: None,
+        delay: float = DELAY,
     ) -> None:
         self._directory = directory
         self._store = store
         self._policy_of = policy_of
+        self._rights_of = rights_of
         self._files = StateDirectory(directory, self._job, delay=delay, rest=REST)
         self._written: dict[str, tuple[bytes, Tenant]] = {}
 
@@ -115,8 +126,11 @@ class Memory:
         content = (stored.model.digest, stored.tenant)
         if not stored.synced or stored.restored or self._written.get(uid) == content:
             return None
+        policy = self._policy_of(uid)
+        if policy is None:
+            return None
         read_at = stored.stale_since or time.time()
-        header = _Header(self._fingerprint(uid), stored.tenant, stored.model.digest, dict(stored.mark), read_at)
+        header = _Header(_fingerprint(policy), stored.tenant, stored.model.digest, dict(stored.mark), read_at)
         ports = tuple(stored.model)
 
         def write() -> None:
@@ -149,15 +163,28 @@ class Memory:
             header = _header.decode(first)
             if header.tenant.uid != uid or not UID.fullmatch(uid):
                 raise UnusableState(f"it is of tenant {header.tenant.uid[:64]!r}")
-            if header.policy != self._fingerprint(uid):
-                raise UnusableState("the policy has changed since: what it grants is found out from the API server")
             model = TenantModel(ports)
         except msgspec.MsgspecError as error:
             raise UnusableState(f"it does not decode: {error}") from error
         if model.digest != header.digest:
             raise UnusableState("its content does not have the digest it claims: another version wrote it")
-        return Remembered(header.tenant, model, header.mark, header.read_at)
+        return Remembered(header.tenant, model, header.mark, header.read_at, partial(self._admit, uid, header.policy))
 
-    def _fingerprint(self, uid: str) -> bytes:
-        rules = repr((self._policy_of(uid), guard.NEVER))
-        return hashlib.blake2b(rules.encode(), digest_size=16).digest()
+    def _admit(self, uid: str, compiled_by: bytes, model: TenantModel) -> TenantModel | None:
+        policy = self._policy_of(uid)
+        if policy is None:
+            return None
+        if _fingerprint(policy) != compiled_by:
+            _log.warning("a last good state is not used: the tenant's policy has changed since", tenant=uid)
+            return None
+        change = restrict(model, policy, policy, self._rights_of(uid, policy))
+        for key in change.removed:
+            model.remove(key)
+        for port in change.put:
+            model.put(port)
+        return model
+
+
+def _fingerprint(policy: Policy) -> bytes:
+    rules = repr((policy, NEVER))
+    return hashlib.blake2b(rules.encode(), digest_size=16).digest()

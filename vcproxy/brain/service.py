@@ -1,7 +1,8 @@
 """The brain put together: configuration to a running process that ends cleanly.
 
     sources -> tenants -> feeds -> store      \\
-    super cluster -> placement                 > distributor -> nodes
+    super cluster -> placement, ownership,     > distributor -> nodes
+                     policies -> grants       /
     manifests' Pods -> placement              /
 
 The placement is ready, and with it nodes may be told to forget what nobody names, once every source has told all its
@@ -14,27 +15,29 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
-from vcproxy.brain import config as configuration
-from vcproxy.brain import guard, look
+from vcproxy.brain import look
 from vcproxy.brain.apiservers import ApiServers
 from vcproxy.brain.config import BrainConfiguration
 from vcproxy.brain.distribution import Distributor
 from vcproxy.brain.feed import Feed
+from vcproxy.brain.grants import Grants
+from vcproxy.brain.guard import UNRESTRICTED, Policy
 from vcproxy.brain.memory import Memory
+from vcproxy.brain.ownership import Ownership, Rights
 from vcproxy.brain.placement import Placement, Scope
+from vcproxy.brain.policies import Policies
 from vcproxy.brain.sources import Problem, catalogue
 from vcproxy.brain.sources.attribution import Owners
 from vcproxy.brain.store import Store
 from vcproxy.brain.superaccess import SuperAccess
 from vcproxy.brain.supercluster import SuperClusterFeed
-from vcproxy.brain.tenants import Grant, Tenants
+from vcproxy.brain.tenants import Tenants
 from vcproxy.brain.vouched import Vouched
-from vcproxy.kube.client import Limits as ClientLimits
-from vcproxy.kube.reflector import Timing
-from vcproxy.model.addresses import AddressError, Prefix, parse_prefix
+from vcproxy.model.addresses import AddressError
 from vcproxy.model.tenant import SUPER_UID
 from vcproxy.ops import admin, garbage, logs, metrics
 from vcproxy.ops.configfile import ConfigError
@@ -56,29 +59,40 @@ class Brain:
         self._super: SuperClusterFeed | None = None
         self._began = time.monotonic()
         self._loading: set[str] = set()  # tenants of the first load that are neither synced nor out of reach
+        wanted = config.super_cluster
+        self._grants = Grants(config.tenants, vouches=wanted is not None and wanted.pods and not wanted.node)
+        self.ownership = Ownership()
+        self.policies = Policies(
+            judge=self._grants.problem,
+            matched=lambda override: self.tenants.matched(override),
+            patch=self._request,
+            changed=self._regrant,
+        )
+        if wanted is None:
+            self.ownership.set_known()
+        self.policies.known = wanted is None or not wanted.tenant_policies
         restricted = any(source.directory is None for source in config.tenants.sources)
         self._access = SuperAccess(config.super_cluster, guarded=restricted) if config.super_cluster else None
         self._vouched = Vouched()
         self._owners = Owners(catalogue.spoken_for(config.tenants.sources))
-        grant = grant_of(config.tenants)
         self._memory = (
-            Memory(
-                Path(config.state_directory),
-                self.store,
-                policy_of=lambda uid: guard.UNRESTRICTED if uid == SUPER_UID else grant.policy,
-            )
+            Memory(Path(config.state_directory), self.store, policy_of=self._policy_of, rights_of=self._rights_of)
             if config.state_directory
             else None
         )
+        self._vouched.subscribe(lambda uid: self.ownership.put_api_servers(uid, self._vouched.api_servers(uid)))
         self.tenants = Tenants(
             catalogue.made(config.tenants.sources, self._access, self._owners, self._vouched),
             servers=self._api_servers(),
             vouched=self._vouched,
             store=self.store,
             placement=self.placement,
-            grant=grant,
+            grants=self._grants,
+            ownership=self.ownership,
+            rules_known=lambda: self.policies.known,
             scope=Scope.PLACED if config.super_cluster and config.super_cluster.pods else Scope.EVERY_NODE_UNTIL_PLACED,
             completed=self._judge_ready,
+            changed=self.policies.touch,
         )
 
     async def run(self, stop: asyncio.Event | None = None) -> None:
@@ -100,6 +114,8 @@ class Brain:
                 self._access,
                 store=self.store,
                 placement=self.placement,
+                ownership=self.ownership,
+                policies=self.policies,
                 attribution=self._owners,
                 vouched=self._vouched,
                 listed=self._judge_ready,
@@ -123,6 +139,7 @@ class Brain:
                 if self._super is not None and self._access is not None:
                     group.create_task(self._access.run())
                     group.create_task(self._super.run())
+                    group.create_task(self.policies.run())
                 group.create_task(self.tenants.run())
                 group.create_task(self._keep_time())
                 if self._memory is not None:
@@ -141,7 +158,26 @@ class Brain:
             found.extend(self._access.expiries.problems())
             if self._access.problem:
                 found.append(Problem("superCluster.kubeconfig", self._access.problem))
+        found.extend(Problem(subject, message) for subject, message in self.policies.problems())
         return [*found, *self.tenants.problems()]
+
+    def _policy_of(self, uid: str) -> Policy | None:
+        """None while it is not known."""
+        if uid == SUPER_UID:
+            return UNRESTRICTED
+        return self.tenants.policy(uid) if self.policies.known and self.ownership.known else None
+
+    def _rights_of(self, uid: str, policy: Policy) -> Rights | None:
+        return Rights(self.ownership, uid, policy) if policy.judges_backends else None
+
+    def _regrant(self) -> None:
+        self._grants.set_policies(self.policies.overrides)
+        self.tenants.regrant()
+
+    async def _request(self, method: str, path: str, **how: Any) -> bytes:
+        if self._access is None:
+            raise RuntimeError("there is no super cluster, and so no TenantPolicy")
+        return await self._access.client.request(method, path, **how)
 
     def _api_servers(self) -> ApiServers:
         def known() -> bool:
@@ -160,7 +196,11 @@ class Brain:
         return self._super is not None and self._super.complete
 
     def _judge_ready(self) -> None:
-        if (self._config.super_cluster is None or self._located) and self.tenants.complete and not self.placement.ready:
+        located = self._config.super_cluster is None or self._located
+        if located and not self.ownership.known:
+            self.ownership.set_known()
+            self.tenants.regrant()
+        if located and self.tenants.complete and not self.placement.ready:
             self.placement.set_ready()
             if self._memory is not None:
                 self._memory.prune()
@@ -217,36 +257,3 @@ class Brain:
                     f'metricsAddress {address}: cannot be served on: {error}: choose another, or "" for none'
                 ) from error
             yield
-
-
-def grant_of(tenants: configuration.Tenants) -> Grant:
-    """What the configuration grants tenants, parsed. Raises ConfigError."""
-    policy = tenants.policy
-    limits = policy.limits
-    virtual = _prefixes("virtualIPRanges", policy.virtual_ip_ranges)
-    return Grant(
-        guard.Policy(
-            virtual_ip_ranges=virtual or None,
-            external_ip_ranges=_prefixes("externalIPRanges", policy.external_ip_ranges),
-            node_ports=policy.node_ports,
-            node_port_range=_ports("nodePortRange", policy.node_port_range),
-            limits=guard.Limits(limits.services, limits.endpoints, limits.endpoints_per_service),
-        ),
-        events_per_second=limits.events_per_second,
-        client=ClientLimits(object_bytes=limits.object_bytes),
-        timing=Timing(inactivity=tenants.silence_seconds),
-    )
-
-
-def _ports(field: str, text: str) -> range:
-    first, last = map(int, text.split("-"))
-    if not 0 < first <= last <= 65535:
-        raise ConfigError(f"tenants.policy.{field} {text}: write FIRST-LAST, within 1-65535")
-    return range(first, last + 1)
-
-
-def _prefixes(field: str, texts: tuple[str, ...]) -> tuple[Prefix, ...]:
-    try:
-        return tuple(parse_prefix(text) for text in texts)
-    except AddressError as error:
-        raise ConfigError(f"tenants.policy.{field}: {error}") from error

@@ -10,7 +10,7 @@ ports without name or number skipped, nil conditions as true for ready and servi
 they are (the annotation and trafficDistribution are not the proxy's business).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -21,6 +21,8 @@ from vcproxy.brain.guard import Reason, Refusals, never_allowed
 from vcproxy.kube import shapes
 from vcproxy.model.addresses import AddressError, parse_address
 from vcproxy.model.endpoints import (
+    ENDPOINT4,
+    ENDPOINT6,
     MAX_HINT_SETS,
     READY,
     SERVING,
@@ -33,7 +35,7 @@ from vcproxy.model.endpoints import (
     name_id,
     pack,
 )
-from vcproxy.model.services import Protocol
+from vcproxy.model.services import Protocol, ServicePort
 
 SERVICE_NAME = "kubernetes.io/service-name"
 HEADLESS = "service.kubernetes.io/headless"
@@ -64,6 +66,20 @@ class PackedSlice(msgspec.Struct, frozen=True, gc=False):
     def weight(self) -> int:
         """(address, port) pairs this may compile to."""
         return len(self.endpoints) // endpoint_dtype(self.family).itemsize * len(self.ports)
+
+
+def addresses_of(packed: bytes, family: int) -> list[bytes]:
+    """The address of each packed record."""
+    octets, size = (4, ENDPOINT4.itemsize) if family == 4 else (16, ENDPOINT6.itemsize)
+    return [packed[at : at + octets] for at in range(0, len(packed), size)]
+
+
+def without(packed: bytes, family: int, refused: Collection[bytes]) -> bytes:
+    """Packed records but those of these addresses."""
+    octets, size = (4, ENDPOINT4.itemsize) if family == 4 else (16, ENDPOINT6.itemsize)
+    return b"".join(
+        packed[at : at + size] for at in range(0, len(packed), size) if packed[at : at + octets] not in refused
+    )
 
 
 class Joined(NamedTuple):
@@ -166,6 +182,20 @@ def join(name: str, protocol: Protocol, slices: Iterable[PackedSlice], families:
     if union:
         joined, union = _compact(joined, union)
     return Joined(joined[4].tobytes(), joined[6].tobytes(), tuple(union))
+
+
+def leave_out(port: ServicePort, refused: Collection[bytes]) -> ServicePort:
+    """A service port without the endpoints of these addresses: what compiling would give if they had never been."""
+    left = {
+        family: columns(without(packed, family, refused), family).copy()
+        for family, packed in ((4, port.endpoints4), (6, port.endpoints6))
+    }
+    hint_sets = list(port.hint_sets)
+    if hint_sets:
+        left, hint_sets = _compact(left, hint_sets)
+    return msgspec.structs.replace(
+        port, endpoints4=left[4].tobytes(), endpoints6=left[6].tobytes(), hint_sets=tuple(hint_sets)
+    )
 
 
 def _merge(parts: Sequence[tuple[PackedSlice, int]], family: int, index: dict[HintSet, int]) -> Columns:

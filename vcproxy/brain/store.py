@@ -48,12 +48,16 @@ class Follower(Protocol):
 
 
 class Remembered(NamedTuple):
-    """Content that an earlier run had, complete as it was at `read_at` (Unix seconds)."""
+    """Content that an earlier run had, complete as it was at `read_at` (Unix seconds).
+
+    `admit`: what of it may be served by the rules as they are now; None: that is not known (yet).
+    """
 
     tenant: Tenant
     model: TenantModel
     mark: Mark
     read_at: float
+    admit: Callable[[TenantModel], TenantModel | None] = lambda model: model
 
 
 class Stored:
@@ -137,12 +141,14 @@ class Stored:
 
     def restore(self) -> bool:
         """For the store: serve what is remembered, if there is anything. True if that is new."""
-        remembered, self._remembered = self._remembered, None
-        if remembered is None or self.synced:
+        remembered = self._remembered
+        admitted = remembered.admit(remembered.model) if remembered is not None and not self.synced else None
+        if remembered is None or admitted is None:
             return False
+        self._remembered = None
         ranges = self.tenant.virtual_ranges or remembered.tenant.virtual_ranges
         self.tenant = Tenant(self.tenant.uid, self.tenant.name, ranges)
-        self.model = remembered.model
+        self.model = admitted
         self.octets = sum(map(port_bound, self.model))
         self.revision += 1
         self.stale_since, self.synced, self.restored = remembered.read_at, True, True

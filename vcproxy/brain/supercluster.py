@@ -11,7 +11,9 @@ from vcproxy.brain.config import SuperCluster
 from vcproxy.brain.feed import Feed
 from vcproxy.brain.guard import UNRESTRICTED
 from vcproxy.brain.inputs import TENANT_KINDS
+from vcproxy.brain.ownership import Ownership
 from vcproxy.brain.placement import Placement, Scope
+from vcproxy.brain.policies import TENANT_POLICIES, Policies
 from vcproxy.brain.sources import Kind, Problem
 from vcproxy.brain.sources.attribution import Attribution
 from vcproxy.brain.sources.supercluster import Whereabouts
@@ -38,17 +40,24 @@ class SuperClusterFeed:
         *,
         store: Store,
         placement: Placement,
+        ownership: Ownership,
+        policies: Policies,
         attribution: Attribution,
         vouched: Vouched,
         listed: Callable[[], None],
     ) -> None:
         self._placement = placement
         self._listed = listed
-        self._whereabouts = Whereabouts(placement, origin=SUPER_UID, attribution=attribution, vouched=vouched)
+        self._policies = policies
+        self._whereabouts = Whereabouts(
+            ownership.reading(placement), origin=SUPER_UID, attribution=attribution, vouched=vouched
+        )
         self._broken: dict[Kind, Broken] = {}
         whereabouts = _whereabouts(config)
         self._wanted = {resource.kind for resource in whereabouts}
         resources = (*TENANT_KINDS, *whereabouts) if config.services else whereabouts
+        if config.tenant_policies:
+            resources = (*resources, TENANT_POLICIES)
         self._runner = Feed(
             Tenant(SUPER_UID, SUPER_UID),
             access.input(resources),
@@ -76,6 +85,8 @@ class SuperClusterFeed:
         await self._runner.run()
 
     def _observe(self, kind: Kind, event: Event[Any]) -> None:
+        if kind == "TenantPolicy":
+            self._policies.take(event)
         if kind not in ("Pod", "Node"):
             return
         if isinstance(event, Broken):

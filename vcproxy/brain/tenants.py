@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
-import msgspec
-
+from vcproxy.brain.announcer import Announcer
 from vcproxy.brain.apiservers import ApiServers
+from vcproxy.brain.config import Override
 from vcproxy.brain.expiry import Expiries
 from vcproxy.brain.feed import Feed
+from vcproxy.brain.grants import Grants, matches
 from vcproxy.brain.guard import Policy
 from vcproxy.brain.inputs import TENANT_KINDS, ApiInput
+from vcproxy.brain.ownership import Ownership
 from vcproxy.brain.placement import Placement, Scope
 from vcproxy.brain.sources import (
     Input,
@@ -34,30 +36,23 @@ from vcproxy.brain.store import Store
 from vcproxy.brain.turns import Turns
 from vcproxy.brain.vouched import Vouched
 from vcproxy.kube.backoff import Backoff
-from vcproxy.kube.client import Limits as ClientLimits
 from vcproxy.kube.errors import KubeconfigError
 from vcproxy.kube.kubeconfig import Credentials
-from vcproxy.kube.reflector import Event, Timing
+from vcproxy.kube.reflector import Event
 from vcproxy.model.tenant import Tenant
 from vcproxy.ops import logs, metrics
 
 _log = logs.get("tenants")
 
 
-class Grant(msgspec.Struct, frozen=True):
-    """What a tenant may ask for, and what reading it may cost."""
-
-    policy: Policy
-    events_per_second: int
-    client: ClientLimits
-    timing: Timing
-
-
 class _Held:
-    """One tenant. `feed` None: it exists, but there is nothing to read it with."""
+    """One tenant as `found`. `feed` None: it exists, but there is nothing to read it with."""
 
-    def __init__(self) -> None:
+    def __init__(self, found: TenantFound) -> None:
+        self.found = found
         self.feed: Feed | None = None
+        self.announcer: Announcer | None = None
+        self.announcing: asyncio.Task[NoReturn] | None = None
         self.task: asyncio.Task[NoReturn] | None = None
         self.placed: SelfPlaced | None = None
         self.problem = ""
@@ -66,8 +61,9 @@ class _Held:
 class Tenants:
     """Follows `sources`; `await run()` within a TaskGroup.
 
-    `scope`: which nodes a tenant goes to whose own objects do not say. `completed` is called when the last source has
-    told all its tenants.
+    `scope`: which nodes a tenant goes to whose own objects do not say. `ownership`: whose pods are where.
+    `rules_known`: whether `grants` are; when they change, or are known, call `regrant`. `completed` is called when the
+    last source has told all its tenants, `changed` when there are other tenants than before.
     """
 
     def __init__(
@@ -76,16 +72,22 @@ class Tenants:
         *,
         store: Store,
         placement: Placement,
-        grant: Grant,
+        grants: Grants,
+        ownership: Ownership,
         servers: ApiServers,
         vouched: Vouched,
+        rules_known: Callable[[], bool],
         scope: Scope,
         completed: Callable[[], None],
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._sources = tuple(sources)
         self._store = store
         self._placement = placement
-        self._grant = grant
+        self._grants = grants
+        self._ownership = ownership
+        self._rules_known = rules_known
+        self._changed = changed
         self._servers = servers
         self._vouched = vouched
         self._scope = scope
@@ -105,6 +107,33 @@ class Tenants:
     def feeds(self) -> Mapping[str, Feed]:
         """By uid; tenants that cannot be read are missing."""
         return {uid: held.feed for uid, held in self._held.items() if held.feed is not None}
+
+    def matched(self, override: Override) -> int:
+        """How many tenants there are for it."""
+        return sum(1 for held in self._held.values() if matches(override.match, held.found))
+
+    def policy(self, uid: str) -> Policy | None:
+        """What a tenant is granted; None for one that no source has named."""
+        held = self._held.get(uid)
+        return self._grants.of(held.found).policy if held is not None else None
+
+    def regrant(self) -> None:
+        """The grants are others now, or have become known."""
+        for held in self._held.values():
+            self._apply_grant(held)
+
+    def _apply_grant(self, held: _Held) -> None:
+        grant = self._grants.of(held.found)
+        if held.feed is None:
+            if held.problem:
+                self._unreadable(held.found, held.problem)
+            return
+        if isinstance(held.feed.source, ApiInput):
+            held.feed.source.limit(grant.client)
+        if held.announcer is not None:
+            held.announcer.enabled = grant.events
+        held.feed.set_policy(grant.policy, grant.events_per_second)
+        held.feed.look()
 
     def problems(self) -> list[Problem]:
         """What is wrong with sources and with tenants' access."""
@@ -163,6 +192,8 @@ class Tenants:
                 if held is not None:
                     held.problem = ""
                     self._expiries.put(uid, credentials)
+                    if held.announcer is not None:
+                        held.announcer.credentials_changed()
                 _log.info("credentials rotated", tenant=uid)
 
     def _found(
@@ -172,7 +203,10 @@ class Tenants:
         rotations: asyncio.Queue[tuple[ApiInput, Credentials, str]],
     ) -> None:
         uid, access = found.uid, found.access
-        held = self._held.setdefault(uid, _Held())
+        held = self._held.setdefault(uid, _Held(found))
+        held.found = found
+        self._apply_grant(held)
+        self._changed()
         source = held.feed.source if held.feed is not None else None
         if isinstance(access, Credentials) and isinstance(source, ApiInput):
             rotations.put_nowait((source, access, uid))
@@ -206,20 +240,24 @@ class Tenants:
     def _input(self, access: Credentials | Input, found: TenantFound) -> Input:
         if not isinstance(access, Credentials):
             return access
+        grant = self._grants.of(self._held[found.uid].found)
         return ApiInput(
             access,
             tenant=found.uid,
             resources=TENANT_KINDS,
-            limits=self._grant.client,
-            timing=self._grant.timing,
+            limits=grant.client,
+            timing=grant.timing,
             connect=partial(self._servers.connect, restricted=found.restricted),
             turns=self._turns,
         )
 
     def _start(self, found: TenantFound, held: _Held, source: Input, group: asyncio.TaskGroup) -> None:
-        uid = found.uid
+        uid, grant = found.uid, self._grants.of(found)
         if isinstance(source, ApiInput):
             self._place(held, uid, self._scope)
+            held.announcer = Announcer(source.request, tenant=uid, instance=self._store.brain_id)
+            held.announcer.enabled = grant.events
+            held.announcing = group.create_task(held.announcer.run())
         else:
             held.placed = SelfPlaced(self._placement, uid)
             self._place(held, uid, Scope.EVERY_NODE)  # until its files have been read: unknown is not nowhere
@@ -232,14 +270,18 @@ class Tenants:
                 if placed.listed and not known:
                     self._place(held, uid, self._scope)
 
+        self._ownership.put_api_servers(uid, self._vouched.api_servers(uid))
         held.feed = Feed(
             Tenant(uid, found.name),
             source,
             store=self._store,
-            policy=self._grant.policy,
-            events_per_second=self._grant.events_per_second,
+            policy=grant.policy,
+            events_per_second=grant.events_per_second,
             aliases=self._vouched.aliases(uid),
             observe=observe,
+            noticed=held.announcer.tell if held.announcer is not None else lambda refusal: None,
+            ownership=self._ownership,
+            rules_known=self._rules_known,
         )
         held.task = group.create_task(held.feed.run())
         _log.info("tenant found", tenant=uid, name=found.name)
@@ -251,9 +293,11 @@ class Tenants:
     def _stop(self, held: _Held) -> None:
         if held.task is not None:
             held.task.cancel()
+        if held.announcing is not None:
+            held.announcing.cancel()
         if held.placed is not None:
             held.placed.clear()
-        held.feed = held.task = held.placed = None
+        held.feed = held.task = held.placed = held.announcer = held.announcing = None
 
     def _gone(self, uid: str) -> None:
         held = self._held.pop(uid, None)
@@ -262,6 +306,8 @@ class Tenants:
         self._stop(held)
         self._store.remove_tenant(uid)
         self._placement.forget(uid)
+        self._ownership.forget(uid)
+        self._changed()
         self._vouched.forget(uid)
         self._expiries.forget(uid)
         for metric in (metrics.EVENTS, metrics.STALE):

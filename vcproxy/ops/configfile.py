@@ -2,7 +2,8 @@
 
 A silently ignored field is a setting that an operator believes in, so unknown and ill-typed fields are errors. The
 shapes are msgspec Structs; what each field means is written once, as `Annotated[..., Meta(description=...)]`, and both
-the error position and `vcproxy config default` come from there.
+the error position and `vcproxy config default` come from there. A field of a type with a class method `parse`, text to
+value or ValueError, is read by that, so that a bad CIDR is an error like any other.
 """
 
 import re
@@ -77,13 +78,30 @@ class Document(NamedTuple):
     def shaped(self, shape: type[T], *, dec_hook: Callable[[type, Any], Any] | None = None) -> T:
         """The value as a Struct. Raises ConfigError."""
         try:
-            return msgspec.convert(self.value, shape, strict=True, dec_hook=dec_hook)
+            return msgspec.convert(self.value, shape, strict=True, dec_hook=dec_hook or _parse)
         except msgspec.ValidationError as error:
-            message, _, place = str(error).partition(" - at `")
-            path = positions.steps(place.rstrip("`").removeprefix("$"))
-            if unknown := re.search(r"unknown field `([^`]*)`", message):
-                path = (*path, unknown[1])
+            message, path = explain(error)
             raise ConfigError(f"{self.where(path)}: {message}") from error
+
+
+def convert(value: Any, shape: type[T]) -> T:
+    """Plain data to a configuration Struct, strictly. Raises msgspec.ValidationError."""
+    return msgspec.convert(value, shape, strict=True, dec_hook=_parse)
+
+
+def explain(error: msgspec.ValidationError) -> tuple[str, positions.Path]:
+    """What is wrong, and with which field."""
+    message, _, place = str(error).partition(" - at `")
+    path = positions.steps(place.rstrip("`").removeprefix("$"))
+    if unknown := re.search(r"unknown field `([^`]*)`", message):
+        path = (*path, unknown[1])
+    return message, path
+
+
+def _parse(kind: type[Any], value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError(f"Expected `str`, got `{type(value).__name__}`")
+    return kind.parse(value)
 
 
 def describe(shape: type[msgspec.Struct]) -> str:
@@ -124,7 +142,7 @@ def _default(field: msgspec.structs.FieldInfo) -> Any:
 
 
 def _flow(value: Any) -> str:
-    plain = msgspec.to_builtins(value)
+    plain = msgspec.to_builtins(value, enc_hook=str)
     return yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
 
 

@@ -325,10 +325,8 @@ async def test_sigterm_ends_it_cleanly(tmp_path: Path) -> None:
 def test_a_configuration_that_cannot_be_used(tmp_path: Path) -> None:
     from vcproxy.brain.config import TenantPolicy
 
-    with pytest.raises(ConfigError, match=r"tenants\.policy\.virtualIPRanges"):
-        Brain(configured(tmp_path, None, policy=TenantPolicy(virtual_ip_ranges=("10.0.0.0/33",))))
-    with pytest.raises(ConfigError, match=r"tenants\.policy\.nodePortRange 40000-30000"):
-        Brain(configured(tmp_path, None, policy=TenantPolicy(node_port_range="40000-30000")))
+    with pytest.raises(ConfigError, match=r"tenants\.policy\.backends: sameTenantPods needs .* set superCluster"):
+        Brain(configured(tmp_path, None, policy=TenantPolicy(backends="sameTenantPods")))
 
 
 def test_a_super_cluster_that_cannot_be_read(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.brain.kinds import endpoint_slice, service
 from vcproxy.brain.compiler import compile_service
-from vcproxy.brain.guard import UNRESTRICTED, Policy, Reason, Unusable
+from vcproxy.brain.guard import UNRESTRICTED, Policy, PortRange, Reason, Unusable
 from vcproxy.model.addresses import format_target, parse_address, parse_prefix
 from vcproxy.model.endpoints import READY, SERVING, TERMINATING, HintSet, name_id, unpack
 from vcproxy.model.services import Frontend, FrontendKind, PortKey, Protocol, ServicePort
@@ -278,11 +278,11 @@ def test_health_check_node_port_where_it_means_something(spec, port: int) -> Non
     assert [made.health_check_node_port for made in compile_service(found, [], UNRESTRICTED).ports] == [port, port]
 
 
-def test_health_check_node_port_is_granted_with_node_ports() -> None:
+def test_health_check_node_port_is_granted_like_node_ports() -> None:
     found = service(type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=32000)
-    granted = compile_service(found, [], Policy(node_ports=True))
+    granted = compile_service(found, [], Policy(health_check_node_ports=(PortRange(30000, 32767),)))
     assert (granted.ports[0].health_check_node_port, granted.refusals) == (32000, ())
-    elsewhere = Policy(node_ports=True, node_port_range=range(40000, 40100))
+    elsewhere = Policy(health_check_node_ports=(PortRange(40000, 40099),))
     assert compile_service(found, [], elsewhere).refusals[0].reason is Reason.NODE_PORT_RANGE
     (port,), (refusal,) = compile_service(found, [], Policy())
     assert port.health_check_node_port == 0

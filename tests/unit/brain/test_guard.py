@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 
 from vcproxy.brain.guard import (
+    KUBERNETES_PORTS,
     UNRESTRICTED,
     Policy,
+    PortRange,
     Reason,
     Refusals,
     judge_external_ip,
-    judge_node_port,
+    judge_port,
     judge_virtual_ip,
     judge_virtual_ranges,
     never_allowed,
@@ -129,15 +131,15 @@ def test_refusals_are_one_record_a_field_and_reason_and_printable() -> None:
     ("port", "policy", "reason"),
     [
         (30000, Policy(), Reason.NODE_PORT),
-        (30000, Policy(node_ports=True), None),
-        (32767, Policy(node_ports=True), None),
-        (29999, Policy(node_ports=True), Reason.NODE_PORT_RANGE),
-        (32768, Policy(node_ports=True), Reason.NODE_PORT_RANGE),
-        (10250, Policy(node_ports=True), Reason.NODE_PORT_RANGE),  # a kubelet's
-        (31000, Policy(node_ports=True, node_port_range=range(40000, 40100)), Reason.NODE_PORT_RANGE),
+        (30000, Policy(node_ports=KUBERNETES_PORTS), None),
+        (32767, Policy(node_ports=KUBERNETES_PORTS), None),
+        (29999, Policy(node_ports=KUBERNETES_PORTS), Reason.NODE_PORT_RANGE),
+        (32768, Policy(node_ports=KUBERNETES_PORTS), Reason.NODE_PORT_RANGE),
+        (10250, Policy(node_ports=KUBERNETES_PORTS), Reason.NODE_PORT_RANGE),  # a kubelet's
+        (31000, Policy(node_ports=(PortRange(22, 22), PortRange(40000, 40099))), Reason.NODE_PORT_RANGE),
         (22, UNRESTRICTED, None),  # the super cluster's API server is the operator's
         (65535, UNRESTRICTED, None),
     ],
 )
 def test_ports_of_the_shared_nodes(port: int, policy: Policy, reason: Reason | None) -> None:
-    assert judge_node_port(port, policy) is reason
+    assert judge_port(port, policy.node_ports) is reason

@@ -17,6 +17,7 @@ from tests.unit.distribution.rig import service_port
 from vcproxy.brain import memory as memory_module
 from vcproxy.brain.guard import UNRESTRICTED, Policy
 from vcproxy.brain.memory import Memory
+from vcproxy.brain.ownership import Ownership
 from vcproxy.brain.store import Store
 from vcproxy.kube.errors import Unreachable
 from vcproxy.kube.reflector import Broken, Listed, Recovered
@@ -200,11 +201,36 @@ async def test_a_file_that_cannot_be_used_is_named_and_set_aside(
 async def test_what_another_policy_let_through_does_not_come_back(tmp_path: Path) -> None:
     await written(tmp_path)
     narrower = msgspec.structs.replace(UNRESTRICTED, virtual_ip_ranges=(parse_prefix("10.96.0.0/16"),))
-    store, _, count = restarted(tmp_path, narrower)
-    assert count == 0
+    store, _, _ = restarted(tmp_path, narrower)
     store.add_tenant(ACME)
     down(store)
     assert not store.tenants()[UID].synced
+
+
+async def test_before_the_policy_is_known_nothing_comes_back_and_then_it_does(tmp_path: Path) -> None:
+    await written(tmp_path)
+    known: list[Policy] = []
+    store = Store()
+    Memory(tmp_path, store, policy_of=lambda uid: known[0] if known else None).load()
+    store.add_tenant(ACME)
+    down(store)
+    assert not store.tenants()[UID].synced
+    known.append(UNRESTRICTED)
+    down(store)
+    assert store.tenants()[UID].restored
+
+
+async def test_an_endpoint_that_is_the_tenants_no_more_does_not_come_back(tmp_path: Path) -> None:
+    await written(tmp_path)
+    store, ownership = Store(), Ownership()
+    own = msgspec.structs.replace(UNRESTRICTED, own_pods_only=True)
+    Memory(
+        tmp_path, store, policy_of=lambda uid: UNRESTRICTED, rights_of=lambda uid, _: ownership.rights(uid, own)
+    ).load()
+    store.add_tenant(ACME)
+    down(store)
+    model = store.tenants()[UID].model
+    assert len(model) and not any(port.endpoints4 or port.endpoints6 for port in model)
 
 
 async def test_a_directory_that_cannot_be_made_is_no_obstacle(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import msgspec
 from vcproxy.kube.kubeconfig import Credentials
 from vcproxy.kube.reflector import Event
 
-Kind = Literal["Service", "EndpointSlice", "ServiceCIDR", "Pod", "Node"]
+Kind = Literal["Service", "EndpointSlice", "ServiceCIDR", "Pod", "Node", "TenantPolicy"]
 ObjectSink = Callable[[Kind, Event[Any]], None]
 """Takes one event about objects of one kind, at once; neither blocks nor raises."""
 
@@ -38,13 +38,19 @@ Access = Credentials | Input
 class TenantFound(msgspec.Struct, frozen=True):
     """A tenant exists and this is how to read it. Said again when its access changes.
 
-    `access` None: it exists, but what there is to read it with cannot be used (yet). `restricted`: the server that the
-    credentials name is not the operator's own choice, so policy says where it may be (apiservers.py).
+    `access` None: it exists, but what there is to read it with cannot be used (yet). `namespace`, `labels`: of the
+    object in the super cluster that is the tenant; policies are chosen by them. `strict`: the super cluster's Pods are
+    known to tell of all its pods, so that, unless its policy says otherwise, endpoints must be among them.
+    `restricted`: the server that the credentials name is not the operator's own choice, so policy says where it may be
+    (apiservers.py).
     """
 
     uid: str
     name: str
     access: Access | None
+    namespace: str = ""
+    labels: Mapping[str, str] = {}
+    strict: bool = True
     restricted: bool = False
 
 

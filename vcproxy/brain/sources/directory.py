@@ -150,7 +150,7 @@ class DirectorySource:
         if name in self._said and (known == access or access is None):
             return  # credentials that turned bad are no reason to forget good ones
         self._said[name] = access
-        sink(TenantFound(uid_of(name), name, access))
+        sink(TenantFound(uid_of(name), name, access, strict=False))
 
     def _judge_missing(self, sink: SourceSink, look: Look, now: float) -> list[float]:
         """Say who is gone; returns when those who are only missing will be."""

@@ -8,7 +8,7 @@ A file is a unit: either all of it can be used or nothing, so that half of a cha
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import msgspec
 import yaml
@@ -31,7 +31,7 @@ _SHAPES: Mapping[Kind, tuple[str, type[Any]]] = {
     "Pod": ("v1", shapes.Pod),
     "Node": ("v1", shapes.Node),
 }
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = ("Service", "EndpointSlice", "ServiceCIDR", "Pod", "Node")
 _CLUSTER_SCOPED = ("ServiceCIDR", "Node")
 
 
