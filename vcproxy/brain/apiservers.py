@@ -22,7 +22,6 @@ from typing import Any, Protocol
 
 from yarl import URL
 
-from vcproxy.brain.guard import covered, never_allowed
 from vcproxy.brain.placement import Placement
 from vcproxy.brain.superaccess import SuperAccess
 from vcproxy.kube import shapes
@@ -30,7 +29,7 @@ from vcproxy.kube.client import Client
 from vcproxy.kube.errors import ApiError, NotFound
 from vcproxy.kube.kubeconfig import Credentials
 from vcproxy.kube.resolve import Address, Permit
-from vcproxy.model.addresses import AddressError, Prefix, is_address, parse_prefix
+from vcproxy.model.addresses import AddressError, Prefix, covered, is_address, never_allowed, parse_prefix
 
 PATIENCE_SECONDS = 2.0
 """How long the super cluster is waited for where the last answer is known: less than a connection's own deadline."""

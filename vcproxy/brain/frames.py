@@ -18,11 +18,10 @@ from vcproxy.brain.guard import (
     judge_external_ip,
     judge_port,
     judge_virtual_ip,
-    never_allowed,
 )
 from vcproxy.brain.slices import LONGEST_NAME, parse_protocol
 from vcproxy.kube import shapes
-from vcproxy.model.addresses import AddressError, Prefix, parse_address, parse_prefix
+from vcproxy.model.addresses import AddressError, Prefix, never_allowed, parse_address, parse_prefix
 from vcproxy.model.services import Frontend, FrontendKind, PortKey, ServicePort
 
 SERVICE_PROXY_NAME = "service.kubernetes.io/service-proxy-name"

@@ -24,10 +24,11 @@ from pathlib import Path
 
 import msgspec
 
-from vcproxy.brain.guard import NEVER, Policy
+from vcproxy.brain.guard import Policy
 from vcproxy.brain.restriction import restrict
 from vcproxy.brain.screen import Rights
 from vcproxy.brain.store import Remembered, Store
+from vcproxy.model.addresses import NEVER
 from vcproxy.model.mark import Position
 from vcproxy.model.tenant import Tenant, TenantModel
 from vcproxy.ops import logs, statedir

@@ -19,8 +19,9 @@ to have none.
 from collections.abc import Callable, Hashable, Iterable
 from typing import cast
 
-from vcproxy.brain.guard import Policy, Reason, covered
+from vcproxy.brain.guard import Policy, Reason
 from vcproxy.brain.placement import Claim, Placement
+from vcproxy.model.addresses import covered
 from vcproxy.model.node import NodeFacts
 
 Key = tuple[str, str]

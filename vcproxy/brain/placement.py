@@ -21,9 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import NamedTuple
 
-from vcproxy.brain.guard import never_allowed
 from vcproxy.kube import shapes
-from vcproxy.model.addresses import readable_addresses
+from vcproxy.model.addresses import never_allowed, readable_addresses
 from vcproxy.model.endpoints import name_id
 from vcproxy.model.node import NodeFacts
 

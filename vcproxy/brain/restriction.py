@@ -30,9 +30,7 @@ def restrict(
     """
     change = Change([], [])
     for port in list(ports):
-        if addresses is not None and not any(
-            address in (port.endpoints4 if len(address) == 4 else port.endpoints6) for address in addresses
-        ):
+        if addresses is not None and not any(map(port.leads_to, addresses)):
             continue
         left = _endpoints(port, rights)
         if addresses is None:

@@ -17,9 +17,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from vcproxy.brain.guard import Reason, Refusals, never_allowed
+from vcproxy.brain.guard import Reason, Refusals
 from vcproxy.kube import shapes
-from vcproxy.model.addresses import AddressError, parse_address
+from vcproxy.model.addresses import AddressError, never_allowed, parse_address
 from vcproxy.model.endpoints import (
     ENDPOINT4,
     ENDPOINT6,

@@ -105,3 +105,33 @@ def format_target(address: bytes, port: int) -> str:
     """`10.0.0.1:80` or `[fd00::1]:80`."""
     text = format_address(address)
     return f"[{text}]:{port}" if len(address) == 16 else f"{text}:{port}"
+
+
+def covered(address: bytes, ranges: Iterable[Prefix]) -> bool:
+    """Whether an address lies in one of the ranges."""
+    return any(prefix.covers(address) for prefix in ranges)
+
+
+NEVER = tuple(
+    parse_prefix(text)
+    for text in (
+        "0.0.0.0/8",  # "this network", RFC 1122
+        "127.0.0.0/8",
+        "169.254.0.0/16",  # link-local and the metadata services
+        "224.0.0.0/4",
+        "240.0.0.0/4",  # reserved, and limited broadcast
+        "::/96",  # unspecified, loopback and the deprecated IPv4-compatible ones
+        "fe80::/10",
+        "ff00::/8",
+    )
+)
+# Most addresses are told by their first octet alone; endpoints come by the million.
+_SUSPECT4 = frozenset(octet for octet in range(256) if octet in (0, 127, 169) or octet >= 224)
+_SUSPECT6 = frozenset((0x00, 0xFE, 0xFF))
+
+
+def never_allowed(address: bytes) -> bool:
+    """Whether an address (4 or 16 octets) may be neither VIP nor endpoint, for anybody."""
+    if address[0] not in (_SUSPECT4 if len(address) == 4 else _SUSPECT6):
+        return False
+    return covered(address, NEVER)

@@ -84,6 +84,10 @@ class ServicePort(msgspec.Struct, frozen=True, gc=False, array_like=True):
         """4, 6 or both: the families in which it can be dialled."""
         return tuple(sorted({frontend.family for frontend in self.frontends}))
 
+    def leads_to(self, address: bytes) -> bool:
+        """False only if no endpoint has this address: a quick look at the octets, wherever in a record they lie."""
+        return address in (self.endpoints4 if len(address) == 4 else self.endpoints6)
+
     def same_but_endpoints(self, other: "ServicePort") -> bool:
         """True if the two differ at most in endpoints: then a patch of endpoints tells the whole difference."""
         return (

@@ -96,6 +96,7 @@ class Agent:
         self.started = False
 
         self._view = NodeView.of(node)
+        self._screened: frozenset[bytes] = frozenset()
         self._programmed: set[str] = set()
         self.adopted: set[str] = set()
         """Remembered tenants that an earlier run has programmed, and that the brain has said nothing about yet."""
@@ -207,6 +208,7 @@ class Agent:
             case FactsChanged(facts=facts):
                 self._duties.learn(facts)
                 self._rezone()
+                self._rescreen()
                 self._memory.keep_node(self._duties.facts, self._duties.placement)
             case Connected(brain=brain):
                 self.progress.connected(brain)
@@ -219,6 +221,7 @@ class Agent:
     def see_links(self, names: frozenset[str], addresses: frozenset[bytes]) -> None:
         """The node's devices, and the addresses on them, are these now."""
         self._duties.see_links(names, addresses)
+        self._rescreen()
 
     def _changed(self, uid: str, touched: frozenset[PortKey] | None, timing: Timing | None = None) -> None:
         held = self._holdings.get(uid)
@@ -246,6 +249,15 @@ class Agent:
                 hinted = frozenset(port.key for port in held.model if port.hint_sets)
                 if hinted:
                     self._changed(uid, hinted)
+
+    def _rescreen(self) -> None:
+        """Resolve anew what leads to addresses that have become this node's."""
+        added = self._duties.node_addresses - self._screened
+        self._screened = self._duties.node_addresses
+        for uid, held in self._holdings.tenants.items() if added else ():
+            touched = frozenset(port.key for port in held.model if any(map(port.leads_to, added)))
+            if touched:
+                self._changed(uid, touched)
 
     # Doing it.
 
@@ -302,12 +314,13 @@ class Agent:
             ordered = list(keys)
             keys, rest = set(ordered[: self._chunk]), set(ordered[self._chunk :])
         revision, brain, digest, ranges = held.revision, held.brain, held.model.digest, held.tenant.virtual_ranges
+        denied = self._duties.denied(uid)
         if task.everything:
-            order = Order(uid, tuple(held.model), (), True, ranges, self._view)
+            order = Order(uid, tuple(held.model), (), True, ranges, self._view, denied)
         else:
             ports = tuple(port for key in keys if (port := held.model.get(key)) is not None)
             gone = tuple(key for key in keys if held.model.get(key) is None)
-            order = Order(uid, ports, gone, False, ranges, self._view)
+            order = Order(uid, ports, gone, False, ranges, self._view, denied)
 
         done: Done | None = None
         if task.everything or keys or fresh or ranges != state.virtual_ranges:

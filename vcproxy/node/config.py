@@ -76,6 +76,13 @@ class Conntrack(Section, frozen=True):
     udp_stream_seconds: Annotated[int, Meta(ge=0, description="of UDP that was answered")] = 0
 
 
+class TenantBackends(Section, frozen=True):
+    """What tenants' Services may lead to, against the node's own judgement; the brain must allow it too."""
+
+    node_addresses: Annotated[bool, Meta(description="this node's own addresses")] = False
+    other_tenants_pods: Annotated[bool, Meta(description="other tenants' pods on this node, on a flat network")] = False
+
+
 class NodeConfiguration(Section, frozen=True):
     """The node agent."""
 
@@ -84,6 +91,7 @@ class NodeConfiguration(Section, frozen=True):
     backend: BackendChoice = BackendChoice()
     attachments: tuple[Attachment, ...] = (Attachment(address=AddressAttachment()),)
     detect_local: DetectLocal = DetectLocal()
+    tenant_backends: TenantBackends = TenantBackends()
     masquerade_all: Annotated[bool, Meta(description="masquerade every connection to a ClusterIP")] = False
     node_port_addresses: Annotated[
         tuple[str, ...],

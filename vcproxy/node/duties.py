@@ -22,6 +22,7 @@ from vcproxy.node.holdings import Holdings
 from vcproxy.node.nodestate import NodeRules, listen_addresses, node_state
 from vcproxy.node.pending import Pending, Task
 from vcproxy.node.report import Progress
+from vcproxy.node.screen import Denied
 from vcproxy.node.worker import Worker
 from vcproxy.ops import logs, metrics
 
@@ -71,6 +72,7 @@ class Duties:
         self._named: frozenset[str] | None = None
         self._earlier: Attachments | None = Attachments()
         self._node_state: NodeState | None = None
+        self._with_devices: frozenset[str] = frozenset()
         self._gone: dict[str, Names] = {}
         self._known_bad = False
         self._watched = -1
@@ -121,6 +123,20 @@ class Duties:
         if addresses != self._local_addresses:
             self._local_addresses = addresses
             self.attend(NODE)
+
+    @property
+    def node_addresses(self) -> frozenset[bytes]:
+        """All that are this node's, by its Node object and by the kernel."""
+        return self._local_addresses.union(self.facts.addresses if self.facts else ())
+
+    def denied(self, uid: str) -> Denied:
+        """Where the tenant's endpoints may not be."""
+        rules, attached = self._rules, self.attached or Attachments()
+        own_network = uid in self._with_devices
+        return Denied(
+            nodes=self.node_addresses if rules.deny_nodes else frozenset(),
+            pods={} if own_network or not rules.deny_other_pods else attached.addresses,
+        )
 
     def name_all(self, uids: frozenset[str] | None) -> None:
         """The brain named all tenants of this node; None: the connection on which it did is down."""
@@ -216,6 +232,7 @@ class Duties:
             await self._worker.call(self._backend.attach, attached)
             self._progress.succeeded()
             self.attached = attached
+            self._with_devices = frozenset(attached.interfaces.values())
         in_use = set(attached.interfaces.values())
         self._gone = {names.uid: names for names in gone if names.uid in in_use}
         for problem in problems:

@@ -26,6 +26,7 @@ class NodeRules(msgspec.Struct, frozen=True):
     """The parts of the configuration that make a NodeState, parsed. `detector` is the mode of DetectLocal.
 
     `node_address`: the primary address of its family in place of the Node object's. `interfaces`: see NodeState.
+    `deny_nodes`, `deny_other_pods`: where tenants' endpoints may not be (screen.py).
     """
 
     primary: bool
@@ -35,6 +36,8 @@ class NodeRules(msgspec.Struct, frozen=True):
     cluster_ranges: tuple[Prefix, ...]
     interfaces: tuple[str, ...]
     masquerade_all: bool
+    deny_nodes: bool = True
+    deny_other_pods: bool = True
 
     @property
     def localhost(self) -> tuple[int, ...]:
@@ -55,6 +58,8 @@ def node_rules(config: NodeConfiguration) -> NodeRules:
         cluster_ranges=_prefixes("detectLocal.clusterCIDRs", config.detect_local.cluster_cidrs),
         interfaces=_interfaces(config.detect_local),
         masquerade_all=config.masquerade_all,
+        deny_nodes=not config.tenant_backends.node_addresses,
+        deny_other_pods=not config.tenant_backends.other_tenants_pods,
     )
 
 

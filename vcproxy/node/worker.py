@@ -21,6 +21,7 @@ from vcproxy.model.addresses import Prefix
 from vcproxy.model.services import PortKey, ServicePort
 from vcproxy.node.localpolicy import LocalPort, local_ports
 from vcproxy.node.resolver import NodeView, resolve
+from vcproxy.node.screen import Denied, screen
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,6 +36,7 @@ class Order(msgspec.Struct, frozen=True):
     complete: bool
     virtual_ranges: tuple[Prefix, ...]
     view: NodeView
+    denied: Denied = Denied()
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -80,10 +82,12 @@ class Worker:
 
     def _program(self, order: Order) -> Done:
         started = time.perf_counter()
-        put = tuple(resolve(order.ports, order.view))
-        local = local_ports(order.ports, order.view.node_id)
+        ports, rejections = screen(order.uid, order.ports, order.denied)
+        put = tuple(resolve(ports, order.view))
+        local = local_ports(ports, order.view.node_id)
         resolved = time.perf_counter()
         applied = self._backend.apply(TenantUpdate(order.uid, put, order.removed, order.complete, order.virtual_ranges))
+        applied = msgspec.structs.replace(applied, rejections=applied.rejections + rejections)
         return Done(applied, resolved - started, time.perf_counter() - resolved, _families(order.ports), local)
 
     async def mend(self, *, known_bad: bool) -> Mended:

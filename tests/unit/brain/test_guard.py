@@ -15,9 +15,8 @@ from vcproxy.brain.guard import (
     judge_port,
     judge_virtual_ip,
     judge_virtual_ranges,
-    never_allowed,
 )
-from vcproxy.model.addresses import parse_address, parse_prefix
+from vcproxy.model.addresses import never_allowed, parse_address, parse_prefix
 
 TENANT = Policy(
     virtual_ip_ranges=(parse_prefix("10.96.0.0/16"), parse_prefix("fd00:96::/112")),
