@@ -186,4 +186,4 @@ class Policies:
         return override, ""
 
 
-_CURE = "allow get, list, watch on tenantpolicies.vcproxy.dev and patch on its status: see deploy/brain.yaml"
+_CURE = "allow list and watch on tenantpolicies.vcproxy.dev and patch on its status: see deploy/brain.yaml"
