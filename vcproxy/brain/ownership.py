@@ -77,6 +77,17 @@ class Ownership:
             return None
         return Reason.NOT_OWN_POD
 
+    def refused(self, addresses: Iterable[bytes], uid: str, policy: Policy, service: Key) -> dict[bytes, Reason]:
+        """Those of the addresses where this tenant's `service` may not have an endpoint, and why.
+
+        Nearly always they are pods of the tenant, all of them: that is told without a call for each.
+        """
+        owners, nodes = self._owners.get, self._nodes if policy.deny_nodes else ()
+        doubtful = [address for address in addresses if owners(address) != uid or address in nodes]
+        api_server = service == API_SERVICE
+        judged = ((address, self.judge(address, uid, policy, api_server=api_server)) for address in doubtful)
+        return {address: reason for address, reason in judged if reason is not None}
+
     # --- what the super cluster says ----------------------------------------------------------------------------------
 
     def set_known(self) -> None:
@@ -173,9 +184,9 @@ class Rights:
         """Whether answers can be given."""
         return self._ownership.known
 
-    def judge(self, address: bytes, service: Key) -> Reason | None:
-        """Why `service` may not have an endpoint there; None: it may."""
-        return self._ownership.judge(address, self._uid, self.policy, api_server=service == API_SERVICE)
+    def refused(self, addresses: Iterable[bytes], service: Key) -> dict[bytes, Reason]:
+        """Those of the addresses where `service` may not have an endpoint, and why."""
+        return self._ownership.refused(addresses, self._uid, self.policy, service)
 
 
 class _ReadAlong:

@@ -64,5 +64,5 @@ def _endpoints(port: ServicePort, rights: Rights | None) -> ServicePort:
         return port
     service = (port.key.namespace, port.key.service)
     there = {*addresses_of(port.endpoints4, 4), *addresses_of(port.endpoints6, 6)}
-    refused = {address for address in there if rights.judge(address, service) is not None}
+    refused = rights.refused(there, service)
     return leave_out(port, refused) if refused else port

@@ -21,8 +21,8 @@ FIELD = "endpoints[].addresses"
 class Rights(Protocol):
     """A tenant's right to addresses; see ownership.Rights."""
 
-    def judge(self, address: bytes, service: Key) -> Reason | None:
-        """Why `service` may not have an endpoint there; None: it may."""
+    def refused(self, addresses: Iterable[bytes], service: Key) -> dict[bytes, Reason]:
+        """Those of the addresses where `service` may not have an endpoint, and why."""
 
 
 class Screen:
@@ -40,14 +40,14 @@ class Screen:
     def put(self, key: Key, held: PackedSlice, old: PackedSlice | None, uid: str) -> tuple[Refusal, ...]:
         """A slice is now so, and was `old`; returns what of it is refused."""
         now = addresses_of(held.endpoints, held.family)
-        if old is None or old.endpoints != held.endpoints:
-            before = set(addresses_of(old.endpoints, old.family)) if old is not None else set()
+        if old is None:
             for address in now:
-                if address in before:
-                    before.discard(address)
-                else:
-                    self._index(address, key)
-            for address in before:
+                self._index(address, key)
+        elif old.endpoints != held.endpoints:
+            before, after = set(addresses_of(old.endpoints, old.family)), set(now)
+            for address in after - before:
+                self._index(address, key)
+            for address in before - after:
                 self._unindex(address, key)
         return self.judge(key, held, uid, now)
 
@@ -70,12 +70,9 @@ class Screen:
 
     def judge(self, key: Key, held: PackedSlice, uid: str, addresses: list[bytes] | None = None) -> tuple[Refusal, ...]:
         """Judge a slice that was put again; returns what of it is refused."""
-        service, judge = (key[0], held.service), self._rights.judge
-        refused: dict[bytes, Reason] = {}
-        for address in addresses if addresses is not None else addresses_of(held.endpoints, held.family):
-            reason = judge(address, service)
-            if reason is not None:
-                refused[address] = reason
+        if addresses is None:
+            addresses = addresses_of(held.endpoints, held.family)
+        refused = self._rights.refused(addresses, (key[0], held.service))
         if not refused:
             self._admitted.pop(key, None)
             return ()

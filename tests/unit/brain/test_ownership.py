@@ -43,7 +43,8 @@ class Super:
         self.whereabouts.take("Pod", Deleted(("default", name), ""))
 
     def judge(self, text: str, policy: Policy = OWN, uid: str = UID, service=("default", "web")) -> Reason | None:
-        return self.ownership.rights(uid, policy).judge(parse_address(text), service)
+        address = parse_address(text)
+        return self.ownership.rights(uid, policy).refused([address], service).get(address)
 
 
 @pytest.fixture
