@@ -331,7 +331,10 @@ async def test_the_same_name_with_another_uid_is_another_tenant(api: FakeApiServ
     async with one(api, tmp_path) as found:
         put(api, VCS, virtual_cluster(uid=OTHER_UID))
         await until(lambda: set(found.found) == {OTHER_UID})
-        assert found.said[-2:] == [TenantGone(UID), TenantFound(OTHER_UID, "default.tenant-a", None, restricted=True)]
+        assert found.said[-2:] == [
+            TenantGone(UID),
+            TenantFound(OTHER_UID, "default.tenant-a", None, namespace="default", restricted=True),
+        ]
         assert found.owners.owner((NAME, "default.tenant-a")) == OTHER_UID
 
 

@@ -277,7 +277,9 @@ class HostedTenants(Generic[T]):
             for mark in self._marks(found):
                 self._owners.set(mark, uid)
         self._said[uid] = credentials
-        self._sink(TenantFound(uid, name, credentials, restricted=True))
+        metadata = found.metadata
+        strict = self._project.shares_nodes
+        self._sink(TenantFound(uid, name, credentials, metadata.namespace, metadata.labels, strict, restricted=True))
 
     def _gone(self, old: T) -> None:
         uid = old.metadata.uid

@@ -85,7 +85,7 @@ class Project(ABC, Generic[T]):
 
     `group`, `versions` (newest first) and `plural`: where its objects are; group "" and one version for Kubernetes' own
     kinds. `objects` and `secrets` select what to follow; the path of `objects` is that of Kubernetes' own kinds, or
-    made from group and version.
+    made from group and version. `shares_nodes`: its tenants' pods are Pods of the super cluster.
     """
 
     title: ClassVar[str]
@@ -94,6 +94,7 @@ class Project(ABC, Generic[T]):
     plural: ClassVar[str]
     objects: ClassVar[Resource[Any]]  # of T
     secrets: ClassVar[Resource[Secret]]
+    shares_nodes: ClassVar[bool] = False
 
     @abstractmethod
     def tenancy(self, found: T) -> Tenancy:

@@ -38,6 +38,7 @@ class VCluster(Project[Service]):
     group = ""
     versions = ("v1",)
     plural = "services"
+    shares_nodes = True
     objects = Resource(
         "Service",
         "/api/v1/services",

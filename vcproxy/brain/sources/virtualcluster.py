@@ -57,6 +57,7 @@ class Metadata(Shape, frozen=True):
     namespace: str = ""
     uid: str = ""
     resource_version: str = ""
+    labels: dict[str, str] = msgspec.field(default_factory=dict)
     annotations: Annotations = Annotations()
 
 
@@ -86,6 +87,7 @@ class VirtualClusters(Project[VirtualCluster]):
     group = "tenancy.x-k8s.io"
     versions = ("v1alpha1",)
     plural = "virtualclusters"
+    shares_nodes = True
     objects = Resource("VirtualCluster", "", VirtualCluster)
     secrets = replace(SECRETS, params={"fieldSelector": f"metadata.name={ADMIN}"})
 
