@@ -268,7 +268,7 @@ def brains_kubeconfig(plane: ControlPlane, path: Path, *files: str) -> Path:
 def configuration(kubeconfig: Path) -> dict[str, Any]:
     """BrainConfiguration of a brain with VirtualClusters. In these tests API servers are on this machine."""
     return {
-        "superCluster": {"kubeconfig": str(kubeconfig), "tenantPolicies": False},
+        "superCluster": {"kubeconfig": str(kubeconfig)},
         "tenants": {"sources": [{"virtualCluster": {}}], "policy": {"apiServers": ["127.0.0.0/8"]}},
     }
 

@@ -126,7 +126,7 @@ def test_every_source_finds_its_tenants_with_its_own_rights(
     scoped: dict[str, Any] = {"namespaces": list(namespaces)}
     sources = [{title: {} if title == "hypershift" else scoped} for title in SECRETS]
     brain = {
-        "superCluster": {"kubeconfig": str(brains), "tenantPolicies": False},
+        "superCluster": {"kubeconfig": str(brains)},
         "tenants": {"sources": sources, "policy": {"apiServers": ["127.0.0.0/8"]}},
     }
     with Cluster(tmp_path / "cluster", brain=brain) as cluster:

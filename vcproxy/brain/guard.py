@@ -107,7 +107,7 @@ class Refusals:
 
     def __init__(self, kind: str, namespace: str, name: str, uid: str = "") -> None:
         self._object = (kind, namespace, name)
-        self._uid = printable(uid, LONGEST_VALUE)
+        self._uid = uid
         self._found: dict[tuple[str, Reason], tuple[str, int, str]] = {}
 
     def add(self, field: str, reason: Reason, value: str, *, cure: str = "") -> None:
@@ -121,8 +121,11 @@ class Refusals:
 
     def records(self) -> tuple[Refusal, ...]:
         """All of them, in the order they were met."""
+        if not self._found:
+            return ()
+        uid = printable(self._uid, LONGEST_VALUE)
         return tuple(
-            Refusal(*self._object, field, reason, example, count, cure or CURES[reason], self._uid)
+            Refusal(*self._object, field, reason, example, count, cure or CURES[reason], uid)
             for (field, reason), (example, count, cure) in self._found.items()
         )
 

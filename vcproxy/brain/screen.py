@@ -5,7 +5,7 @@ leads to its own pods costs one look-up an endpoint when the slice arrives, and 
 An index from address to slices makes a right that came or went cost the slices that have this very address.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 import msgspec
@@ -21,7 +21,7 @@ FIELD = "endpoints[].addresses"
 class Rights(Protocol):
     """A tenant's right to addresses; see ownership.Rights."""
 
-    def refused(self, addresses: Iterable[bytes], service: Key) -> dict[bytes, Reason]:
+    def refused(self, addresses: Collection[bytes], service: Key) -> dict[bytes, Reason]:
         """Those of the addresses where `service` may not have an endpoint, and why."""
 
 
@@ -41,21 +41,17 @@ class Screen:
         """A slice is now so, and was `old`; returns what of it is refused."""
         now = addresses_of(held.endpoints, held.family)
         if old is None:
-            for address in now:
-                self._index(address, key)
+            self._index(now, key)
         elif old.endpoints != held.endpoints:
-            before, after = set(addresses_of(old.endpoints, old.family)), set(now)
-            for address in after - before:
-                self._index(address, key)
-            for address in before - after:
-                self._unindex(address, key)
+            before = set(addresses_of(old.endpoints, old.family))
+            self._index(set(now) - before, key)
+            self._unindex(before.difference(now), key)
         return self.judge(key, held, uid, now)
 
     def drop(self, key: Key, held: PackedSlice) -> None:
         """A slice is gone."""
         self._admitted.pop(key, None)
-        for address in addresses_of(held.endpoints, held.family):
-            self._unindex(address, key)
+        self._unindex(set(addresses_of(held.endpoints, held.family)), key)
 
     def slices(self, addresses: Iterable[bytes]) -> set[Key]:
         """The slices that have any of these addresses."""
@@ -80,19 +76,27 @@ class Screen:
         self._admitted[key] = msgspec.structs.replace(held, endpoints=rest)
         return tuple(_records(key, refused, uid))
 
-    def _index(self, address: bytes, key: Key) -> None:
-        held = self._slices.setdefault(address, key)
-        if held is not key and held != key:
-            self._slices[address] = {*held, key} if isinstance(held, set) else {held, key}
+    def _index(self, addresses: Collection[bytes], key: Key) -> None:
+        held = self._slices
+        if held.keys().isdisjoint(addresses):  # as good as always: no loop of ours
+            held.update(dict.fromkeys(addresses, key))
+            return
+        for address in addresses:
+            keys = held.setdefault(address, key)
+            if isinstance(keys, set):
+                keys.add(key)
+            elif keys != key:
+                held[address] = {keys, key}
 
-    def _unindex(self, address: bytes, key: Key) -> None:
-        held = self._slices.get(address)
-        if isinstance(held, set):
-            held.discard(key)
-            if len(held) == 1:
-                self._slices[address] = held.pop()
-        elif held == key:
-            del self._slices[address]
+    def _unindex(self, addresses: Iterable[bytes], key: Key) -> None:
+        for address in addresses:
+            keys = self._slices.get(address)
+            if isinstance(keys, set):
+                keys.discard(key)
+                if len(keys) == 1:
+                    self._slices[address] = keys.pop()
+            elif keys == key:
+                del self._slices[address]
 
 
 def _records(key: Key, refused: dict[bytes, Reason], uid: str) -> Iterable[Refusal]:
