@@ -200,11 +200,12 @@ class TenantPolicy(Section, frozen=True):
     deny_node_addresses: Annotated[bool, Meta(description="no endpoint may be a node, egress or not")] = True
     deny_other_tenants_pods: Annotated[bool, Meta(description="nor a pod of another tenant")] = True
     pod_network: Annotated[
-        Literal["shared", "own"],
+        Literal["shared", "own"] | None,
         Meta(
-            description="own: the tenant has a network of its own, where other tenants' pods may have equal addresses"
+            description="shared: pod addresses are unique over all tenants; own: the tenant has a network of its own, "
+            "where other\ntenants' pods may have equal ones; null: shared, but two tenants' pods may have equal ones"
         ),
-    ] = "shared"
+    ] = None
     events: Annotated[
         bool, Meta(description="tell a tenant what is refused by Events in its own API server, if it lets us")
     ] = True

@@ -165,7 +165,8 @@ class Policy(msgspec.Struct, frozen=True):
 
     Endpoints: `own_pods_only`: they must be pods of the tenant, or in `egress`. Whether or not, they may be none of
     what is denied: `denied_ranges`, node addresses (`deny_nodes`), other tenants' pods (`deny_other_pods`).
-    `shared_network`: no two pods of whatever tenants have one address.
+    `shared_network`: other tenants' pods are where this one's addresses lead; `unique_addresses`: and no two pods of
+    whatever tenants have one address.
 
     `limits` None: unlimited.
     """
@@ -181,6 +182,7 @@ class Policy(msgspec.Struct, frozen=True):
     deny_nodes: bool = True
     deny_other_pods: bool = True
     shared_network: bool = True
+    unique_addresses: bool = False
     limits: Limits | None = Limits()
 
     @property

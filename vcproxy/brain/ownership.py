@@ -8,8 +8,9 @@ only: whoever leads to one of them is told at once, in the call in which the Pod
 
 - An address is a tenant's from the moment that a Pod of its is seen to have it until that Pod has ended or is gone.
   Before, an endpoint *waits*: it is refused, and admitted without anybody writing anything again.
-- An address that is taken over is nobody's until its former owner is gone, since two pods that both seem to have it are
-  one that has and one that had. Only in networks of the tenants' own can both be right.
+- Where addresses are unique over all tenants, one that is taken over is nobody's until its former owner is gone: two
+  pods that both seem to have it are one that has and one that had. In networks of the tenants' own both are right, and
+  so they are unless the operator says which it is.
 - A tenant's own API server is an endpoint of its `default/kubernetes`, and no pod of the tenant.
 
 Until everything has been read once (`known`) nothing is judged at all: a tenant whose pods are not known yet would seem
@@ -65,7 +66,7 @@ class Ownership:
         if policy.deny_nodes and address in self._nodes:
             return Reason.NODE_ADDRESS
         owners = self._owners.get(address)
-        if owners == uid or (type(owners) is tuple and _owned(owners, uid, shared=policy.shared_network)):
+        if owners == uid or (type(owners) is tuple and _owned(owners, uid, alone=policy.unique_addresses)):
             return None
         if api_server and address in self._api_servers.get(uid, ()):
             return None
@@ -220,5 +221,5 @@ def _each(owners: Owners | None) -> tuple[str, ...]:
     return owners if isinstance(owners, tuple) else () if owners is None else (owners,)
 
 
-def _owned(owners: tuple[str, ...], uid: str, *, shared: bool) -> bool:
-    return all(owner == uid for owner in owners) if shared else uid in owners
+def _owned(owners: tuple[str, ...], uid: str, *, alone: bool) -> bool:
+    return all(owner == uid for owner in owners) if alone else uid in owners

@@ -20,8 +20,11 @@ from vcproxy.model.addresses import format_target, parse_address, parse_prefix
 from vcproxy.model.endpoints import unpack
 from vcproxy.model.tenant import TenantModel
 
-OWN = msgspec.structs.replace(UNRESTRICTED, own_pods_only=True, deny_nodes=True, deny_other_pods=True)
-ANY = msgspec.structs.replace(UNRESTRICTED, deny_nodes=True, deny_other_pods=True)
+OWN = msgspec.structs.replace(
+    UNRESTRICTED, own_pods_only=True, deny_nodes=True, deny_other_pods=True, unique_addresses=True
+)
+ANY = msgspec.structs.replace(OWN, own_pods_only=False)
+DEFAULT = msgspec.structs.replace(OWN, unique_addresses=False)
 ACME, GLOBEX = {"vcproxy.dev/tenant": "acme"}, {"vcproxy.dev/tenant": "globex"}
 UID, OTHER = "dir-acme", "dir-globex"
 
@@ -83,13 +86,21 @@ def test_an_address_that_is_taken_over_is_nobodys_until_its_former_owner_is_gone
 
 
 def test_in_networks_of_their_own_both_have_it(cluster: Super) -> None:
-    own = msgspec.structs.replace(OWN, shared_network=False)
+    own = msgspec.structs.replace(DEFAULT, shared_network=False)
     cluster.runs(pod("a", labels=ACME), pod("b", labels=GLOBEX))
     assert cluster.judge("10.0.0.1", own) is None
     assert cluster.judge("10.0.0.1", own, uid=OTHER) is None
     assert cluster.judge("10.0.0.1", own, uid="dir-third") is Reason.NOT_OWN_POD
     cluster.gone("a")
     assert cluster.judge("10.0.0.1", own) is Reason.NOT_OWN_POD
+
+
+def test_where_nobody_says_what_networks_there_are_a_tenant_has_its_own_pods_and_no_others(cluster: Super) -> None:
+    cluster.runs(pod("a", labels=ACME), pod("b", labels=GLOBEX), pod("c", ips=("10.0.0.2",), labels=GLOBEX))
+    assert cluster.judge("10.0.0.1", DEFAULT) is None
+    assert cluster.judge("10.0.0.1", DEFAULT, uid=OTHER) is None
+    assert cluster.judge("10.0.0.1", DEFAULT, uid="dir-third") is Reason.OTHER_TENANTS_POD
+    assert cluster.judge("10.0.0.2", DEFAULT) is Reason.OTHER_TENANTS_POD
 
 
 def test_two_pods_of_one_tenant_on_one_address(cluster: Super) -> None:
@@ -283,7 +294,10 @@ STEPS = st.one_of(
 
 
 @settings(max_examples=300)
-@given(st.lists(STEPS, max_size=40), st.sampled_from([OWN, ANY, msgspec.structs.replace(OWN, shared_network=False)]))
+@given(
+    st.lists(STEPS, max_size=40),
+    st.sampled_from([OWN, ANY, DEFAULT, msgspec.structs.replace(DEFAULT, shared_network=False)]),
+)
 def test_incremental_equals_full(steps, policy: Policy) -> None:
     """After any sequence of the tenant's and the super cluster's events, in any order of taking note of them."""
     cluster = Super()
