@@ -163,6 +163,19 @@ class Compiler:
             found.extend(self._refusals.get(("EndpointSlice", (namespace, held)), ()))
         return tuple(found)
 
+    def given(self, namespace: str, name: str) -> list[bytes]:
+        """Further virtual addresses that one Service has from outside of its API."""
+        held = self._frames.get((namespace, name))
+        return self._alias((namespace, name), held.uid) if held is not None else []
+
+    def denied(self, namespace: str, name: str) -> Iterator[tuple[str, bytes, Reason]]:
+        """Each endpoint of one Service that may not be used: its slice, its address (4 or 16 octets), and why."""
+        if self._screen is None:
+            return
+        for held, packed in self._slices.get((namespace, name), {}).items():
+            for address, reason in self._screen.refused((namespace, held), packed).items():
+                yield held, address, reason
+
     def keys(self, kind: Kind) -> list[Key]:
         """Objects of which anything is held."""
         held = self._frames if kind == "Service" else self._service_of
@@ -288,7 +301,7 @@ class Compiler:
 
     def _count_virtual(self, old: tuple[ServicePort, ...], new: tuple[ServicePort, ...]) -> None:
         """A Service's own virtual addresses have changed; who had one of them as an alias is compiled again."""
-        before, after = _virtual_addresses(old), _virtual_addresses(new)
+        before, after = virtual_addresses(old), virtual_addresses(new)
         for address in before ^ after:
             count = self._virtual.get(address, 0) + (1 if address in after else -1)
             if count:
@@ -377,7 +390,8 @@ def _limited(records: tuple[Refusal, ...]) -> int:
     return any(record.reason is Reason.LIMIT for record in records)
 
 
-def _virtual_addresses(ports: Iterable[ServicePort]) -> set[bytes]:
+def virtual_addresses(ports: Iterable[ServicePort]) -> set[bytes]:
+    """ClusterIPs that these ports answer on, aliases among them."""
     return {
         frontend.address for port in ports for frontend in port.frontends if frontend.kind is FrontendKind.CLUSTER_IP
     }

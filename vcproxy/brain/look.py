@@ -1,22 +1,28 @@
 """What the brain shows of itself: the data behind `status`, `get` and `explain`. Plain data from memory, no I/O."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
+from vcproxy.brain.compiler import virtual_addresses
 from vcproxy.brain.feed import Feed
+from vcproxy.brain.guard import CURES
 from vcproxy.brain.inputs import ApiInput
 from vcproxy.brain.placement import Placement
 from vcproxy.brain.progress import NodeStatus
 from vcproxy.brain.sources import Problem
 from vcproxy.brain.store import Store, Stored
+from vcproxy.model.addresses import format_address
 from vcproxy.model.tenant import TenantModel
 from vcproxy.ops import views
 from vcproxy.ops.admin import Provider
 
 Query = Mapping[str, str]
+MOST_EXPLAINED = 1000
+"""Refused endpoints that `explain` names one by one."""
 
 
 class View(msgspec.Struct, frozen=True):
@@ -39,6 +45,7 @@ def routes(view: View) -> Mapping[str, Provider]:
         "/endpoints": lambda query: _rows(view, query, _endpoints(view)),
         "/nodes": lambda _: node_rows(view),
         "/refusals": lambda query: refusal_rows(view, query),
+        "/explain": lambda query: explain(view, query),
     }
 
 
@@ -128,6 +135,54 @@ def refusal_rows(view: View, query: Query) -> list[dict[str, Any]]:
             found = compiler.refusals()
         rows.extend({"tenant": uid, **msgspec.structs.asdict(record)} for record in found)
     return rows
+
+
+def explain(view: View, query: Query) -> dict[str, Any]:
+    """All that is known of one Service: `tenant` (uid or name), `namespace`, `service`. Raises KeyError.
+
+    `virtual`: its virtual addresses, and who said so. `refused` has each kind of refusal once, `refusedEndpoints` each
+    endpoint address, at most MOST_EXPLAINED. `rejections`: what nodes do not program of it, and why.
+    """
+    for field in ("tenant", "service"):
+        if field not in query:
+            raise KeyError(f"{field} is missing: ask /explain?tenant=T&namespace=N&service=S")
+    (uid, stored), *_ = _asked(view, query["tenant"])
+    namespace, name = query.get("namespace", "default"), query["service"]
+    feed = view.feeds().get(uid)
+    compiler = feed.compiler if feed is not None else None
+    ports = [port for port in stored.model if (port.key.namespace, port.key.service) == (namespace, name)]
+    given = frozenset(compiler.given(namespace, name)) if compiler is not None else frozenset[bytes]()
+    denied = compiler.denied(namespace, name) if compiler is not None else iter(())
+    model = TenantModel(ports)
+    return {
+        "tenant": uid,
+        "name": stored.tenant.name,
+        "namespace": namespace,
+        "service": name,
+        "synced": stored.synced,
+        "staleSince": stored.stale_since,
+        "staleReason": stored.stale_reason,
+        "degraded": compiler.degraded if compiler is not None else False,
+        "virtual": [
+            {"address": format_address(address), "by": "the super cluster" if address in given else "the Service"}
+            for address in sorted(virtual_addresses(ports))
+        ],
+        "ports": views.service_rows(uid, model),
+        "endpoints": views.endpoint_rows(uid, model, view.placement.node_names()),
+        "refused": refusal_rows(view, {"tenant": uid, "namespace": namespace, "service": name}),
+        "refusedEndpoints": [
+            {"slice": held, "address": format_address(address), "reason": reason, "cure": CURES[reason]}
+            for held, address, reason in itertools.islice(denied, MOST_EXPLAINED)
+        ],
+        "rejections": [
+            {"node": found.node, "port": str(said.key), "reason": said.reason}
+            for found in view.nodes()
+            for tenant in found.tenants
+            if tenant.uid == uid
+            for said in tenant.rejections
+            if (said.key.namespace, said.key.service) == (namespace, name)
+        ],
+    }
 
 
 def _endpoints(view: View) -> Callable[[str, TenantModel], list[views.Row]]:

@@ -66,15 +66,18 @@ class Screen:
 
     def judge(self, key: Key, held: PackedSlice, uid: str, addresses: list[bytes] | None = None) -> tuple[Refusal, ...]:
         """Judge a slice that was put again; returns what of it is refused."""
-        if addresses is None:
-            addresses = addresses_of(held.endpoints, held.family)
-        refused = self._rights.refused(addresses, (key[0], held.service))
+        refused = self.refused(key, held, addresses)
         if not refused:
             self._admitted.pop(key, None)
             return ()
         rest = without(held.endpoints, held.family, refused)
         self._admitted[key] = msgspec.structs.replace(held, endpoints=rest)
         return tuple(_records(key, refused, uid))
+
+    def refused(self, key: Key, held: PackedSlice, addresses: list[bytes] | None = None) -> dict[bytes, Reason]:
+        """The addresses of a slice that may not be used now."""
+        wanted = addresses if addresses is not None else addresses_of(held.endpoints, held.family)
+        return self._rights.refused(wanted, (key[0], held.service))
 
     def _index(self, addresses: Collection[bytes], key: Key) -> None:
         held = self._slices

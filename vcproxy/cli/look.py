@@ -1,4 +1,4 @@
-"""`vcproxy status` and `vcproxy get`: what brain and node hold, read from the admin socket."""
+"""`vcproxy status`, `vcproxy get` and `vcproxy explain`: what brain and node hold, read from the admin socket."""
 
 import asyncio
 import time
@@ -70,6 +70,54 @@ def status(path: str | None, output: str) -> None:
         show(answer, output)
     if not answer["healthy"]:
         raise SystemExit(1)
+
+
+@click.command()
+@click.argument("service")
+@click.option("--tenant", "-t", required=True, help="Whose Service (uid or name; `super`: the super cluster's).")
+@click.option("--namespace", "-n", default="default", show_default=True, help="The Service's namespace.")
+@_socket
+@output_option
+def explain(service: str, tenant: str, namespace: str, path: str | None, output: str) -> None:
+    """Show what one Service of a tenant leads to, and what of it is refused, why, and what to do. Asks the brain.
+
+    \b
+    Examples:
+      vcproxy explain web --tenant acme
+      vcproxy explain web -t acme -n shop -o json
+    """
+    answer = _fetch(path, "/explain", {"tenant": tenant, "namespace": namespace, "service": service})
+    if output == "table":
+        _print_explanation(answer)
+    else:
+        show(answer, output)
+
+
+def _print_explanation(answer: Mapping[str, Any]) -> None:
+    whose = f"{answer['tenant']} ({answer['name']})"
+    click.echo(f"Service {answer['namespace']}/{answer['service']} of tenant {whose}")
+    if answer["staleSince"]:
+        click.secho(f"stale for {age(time.time() - answer['staleSince'])}: {answer['staleReason']}", fg="yellow")
+    if answer["degraded"]:
+        click.secho("degraded: the tenant is at its limits, new objects are refused", fg="yellow")
+    if not answer["ports"]:
+        click.secho("nothing of it is served", fg="yellow")
+    for said in answer["virtual"]:
+        click.echo(f"virtual address {said['address']}, by {said['by']}")
+    for title, columns in (("ports", "services"), ("endpoints", "endpoints")):
+        if answer[title]:
+            click.echo()
+            table(map(_readable, answer[title]), COLUMNS[columns][3:])
+    if answer["refused"] or answer["rejections"]:
+        click.echo()
+    for said in answer["refused"]:
+        several = f" and {said['count'] - 1} more" if said["count"] > 1 else ""
+        where = f"{said['kind']} {said['name']}: {said['field']} {said['value']}{several}"
+        click.secho(f"refused: {where}: {said['reason']}; {said['cure']}", fg="red")
+    for said in answer["refusedEndpoints"]:
+        click.secho(f"refused endpoint: {said['address']} ({said['slice']}): {said['reason']}", fg="red")
+    for said in answer["rejections"]:
+        click.secho(f"rejected by node {said['node']}: {said['port']}: {said['reason']}", fg="red")
 
 
 TENANTS = ("uid", "name", "synced", "revision", "ports", "endpoints", "refused", "staleSince", "staleReason")

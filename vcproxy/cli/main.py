@@ -18,6 +18,7 @@ COMMANDS = {
     "cleanup": "vcproxy.cli.cleanup",
     "get": "vcproxy.cli.look",
     "status": "vcproxy.cli.look",
+    "explain": "vcproxy.cli.look",
     "config": "vcproxy.cli.config",
 }
 
@@ -59,6 +60,7 @@ def main() -> None:
     See it work on this machine, as root:   vcproxy demo
     What is wrong with this node?           vcproxy check
     What do brain and nodes hold?           vcproxy status; vcproxy get services
+    Why does a Service not answer?          vcproxy explain SERVICE --tenant T
     """
 
 

@@ -311,6 +311,12 @@ async def test_refusals_can_be_looked_up(tmp_path: Path) -> None:
         (row,) = await found.ask("/refusals", tenant="acme", service="web")
         assert (row["field"], row["reason"]) == ("spec.externalIPs", "external-ip-not-granted")
         assert (await found.ask("/tenants"))[0]["refused"] == 1
+        explained = await found.ask("/explain", tenant="acme", service="web")
+        assert explained["refused"] == [row]
+        assert [said["by"] for said in explained["virtual"]] == ["the Service"]
+        assert explained["ports"], "the rest of it is served"
+        with pytest.raises(admin.AdminError, match="nobody"):
+            await found.ask("/explain", tenant="nobody", service="web")
 
 
 async def test_sigterm_ends_it_cleanly(tmp_path: Path) -> None:

@@ -212,6 +212,9 @@ def test_an_endpoint_waits_for_its_pod_and_goes_with_it(cluster: Super) -> None:
     assert targets(tenant.model) == []
     (waits,) = tenant.compiler.explain("default", "web")
     assert (waits.reason, waits.count, waits.value) == (Reason.NOT_OWN_POD, 2, "10.0.0.1")
+    assert [(held, found[-1], why) for held, found, why in tenant.compiler.denied("default", "web")] == [
+        ("web-1", number, Reason.NOT_OWN_POD) for number in (1, 2)
+    ]
     cluster.runs(pod("a", labels=ACME))
     assert tenant.settle() == {"web"}
     assert targets(tenant.model) == ["10.0.0.1:8080"]
