@@ -185,7 +185,10 @@ class ApiInput:
         try:
             while True:
                 self._moved.clear()
+                before = self._reflectors
                 self._reflectors = tuple(self._reflector(resource, sink) for resource in self._resources)
+                for new, old in zip(self._reflectors, before, strict=False):
+                    new.broken = old.broken  # so that whoever was told of it is told of its end
                 try:
                     await heeded(self._reflect())
                 except* _Moved:

@@ -8,12 +8,15 @@ from typing import Any, cast
 
 import pytest
 
-from vcproxy.brain.inputs import RotatingClient
+from tests.fakes.apiserver import FakeApiServer, Fault, fail
+from tests.unit.brain.polling import until
+from vcproxy.brain.inputs import ApiInput, RotatingClient
 from vcproxy.brain.turns import Turn, Turns
 from vcproxy.kube.client import Client, Limits
 from vcproxy.kube.decode import SERVICES
 from vcproxy.kube.kubeconfig import Credentials
 from vcproxy.kube.lines import Line
+from vcproxy.kube.reflector import Broken, Recovered
 
 CREDENTIALS = cast("Credentials", object())
 
@@ -39,3 +42,16 @@ async def test_a_rotation_while_a_batch_is_worked_on_ends_the_watch_in_good_orde
     async with asyncio.timeout(5):
         with pytest.raises(StopAsyncIteration):
             await anext(lines)
+
+
+async def test_a_server_that_is_elsewhere_ends_what_was_broken_at_the_old_place() -> None:
+    async with FakeApiServer() as bad, FakeApiServer() as good, asyncio.TaskGroup() as group:
+        bad.faults.append(Fault(fail(503)))
+        seen: list[Any] = []
+        source = ApiInput(bad.credentials, tenant="acme", resources=(SERVICES,), limits=Limits())
+        task = group.create_task(source.run(lambda kind, event: seen.append(event)))
+        await bad.until(lambda: any(isinstance(event, Broken) for event in seen))
+        await source.rotate(good.credentials)
+        await good.watching("Service")
+        await until(lambda: isinstance(seen[-1], Recovered))
+        task.cancel()
