@@ -265,26 +265,40 @@ def brains_kubeconfig(plane: ControlPlane, path: Path, *files: str) -> Path:
     return plane.write_kubeconfig(path, user="vcproxy-brain")
 
 
-def configuration(kubeconfig: Path) -> dict[str, Any]:
-    """BrainConfiguration of a brain with VirtualClusters. In these tests API servers are on this machine."""
+def configuration(kubeconfig: Path, *, policy: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """BrainConfiguration of a brain with VirtualClusters. In these tests API servers are on this machine.
+
+    `policy`: further fields of `tenants.policy`; `more`: of the configuration.
+    """
     return {
         "superCluster": {"kubeconfig": str(kubeconfig)},
-        "tenants": {"sources": [{"virtualCluster": {}}], "policy": {"apiServers": ["127.0.0.0/8"]}},
+        "tenants": {
+            "sources": [{"virtualCluster": {}}],
+            "policy": {"apiServers": ["127.0.0.0/8"], **(policy or {})},
+        },
+        **more,
     }
 
 
 @contextmanager
 def hosting(
-    directory: Path, super_plane: ControlPlane, tenants: Mapping[str, ControlPlane], **settings: Any
+    directory: Path,
+    super_plane: ControlPlane,
+    tenants: Mapping[str, ControlPlane],
+    *,
+    brain: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Iterator[HostedWorld]:
-    """A running world on the flat network with these VirtualClusters. `settings`: of the NodeConfiguration."""
+    """A running world on the flat network with these VirtualClusters. `brain`: see `configuration`; `settings`: of the
+    NodeConfiguration.
+    """
     super_plane.client.create(DEFINITION)
     kubeconfig = brains_kubeconfig(
         super_plane, directory / "brain.kubeconfig", "brain.yaml", "sources/virtualcluster.yaml"
     )
     with ExitStack() as stack:
         lab = stack.enter_context(Lab("vcp-host"))
-        cluster = stack.enter_context(Cluster(directory, brain=configuration(kubeconfig)))
+        cluster = stack.enter_context(Cluster(directory, brain=configuration(kubeconfig, **(brain or {}))))
         world = HostedWorld(lab, cluster, {SUPER: super_plane})
         served(super_plane.client)
         for name, plane in ((SUPER, None), *tenants.items()):
