@@ -102,6 +102,8 @@ class Announcer:
                 _log.debug("refused to write an Event", tenant=self._tenant, error=str(error))
             except ApiError as error:
                 _log.debug("an Event was lost", tenant=self._tenant, error=str(error))
+            except Exception:  # a fault of ours: a courtesy must not end what all tenants share
+                _log.exception("an Event was lost to an internal error", tenant=self._tenant)
 
     async def _turn(self) -> None:
         """Wait until one more may be written."""

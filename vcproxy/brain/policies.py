@@ -20,7 +20,7 @@ from vcproxy.brain.config import Override
 from vcproxy.kube import shapes
 from vcproxy.kube.client import MERGE_PATCH
 from vcproxy.kube.decode import UNDECODABLE, Resource
-from vcproxy.kube.errors import ApiError, Forbidden, NotFound, Unauthorized, printable
+from vcproxy.kube.errors import ApiError, Forbidden, NotFound, printable
 from vcproxy.kube.reflector import Broken, Deleted, Event, Listed, Malformed, Recovered, Upserted
 from vcproxy.ops import configfile, logs
 
@@ -131,7 +131,7 @@ class Policies:
                 self._broken = "" if absent else f"{error}; {_CURE}"
                 if absent:
                     self._held = {}
-                self.known = self.known or absent or isinstance(error, Forbidden | Unauthorized)
+                self.known = self.known or absent or isinstance(error, Forbidden)
             case Recovered():
                 self._broken = ""
         self.touch()

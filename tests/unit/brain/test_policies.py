@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.fakes import apiserver
 from tests.fakes.apiserver import FakeApiServer, Fault, fail
 from tests.unit.brain.polling import settle, until
 from vcproxy.brain.announcer import BURST, PAUSE_SECONDS, WAITING, Announcer
@@ -213,6 +214,39 @@ async def test_a_tenant_is_told_once_and_then_counted_and_not_whose_the_address_
         assert "other" not in event["message"]
         telling.announcer.tell(refusal())
         await until(lambda: api.objects("Event")[0]["count"] == 2)
+        task.cancel()
+
+
+@pytest.mark.parametrize("answer", [apiserver.hang(), apiserver.drip(), apiserver.cut(), apiserver.html(200)])
+async def test_a_server_that_lies_about_events_holds_up_nothing_but_events(answer: apiserver.Answer) -> None:
+    limits = ClientLimits(request_seconds=0.1)
+    async with (
+        FakeApiServer() as api,
+        Client(api.credentials, tenant="acme", limits=limits) as client,
+        asyncio.TaskGroup() as group,
+    ):
+        api.faults.append(Fault(answer, verb="POST", times=2))
+        telling = Telling(client)
+        task = group.create_task(telling.announcer.run())
+        for number in range(3):
+            telling.announcer.tell(refusal(f"s{number}"))  # never blocks
+        await until(lambda: [one["involvedObject"]["name"] for one in api.objects("Event")][-1:] == ["s2"])
+        task.cancel()
+
+
+async def test_a_fault_of_ours_ends_no_more_than_one_event() -> None:
+    said: list[str] = []
+
+    async def request(method: str, path: str, **_: Any) -> bytes:
+        said.append(method)
+        raise RuntimeError("a bug")
+
+    async with asyncio.TaskGroup() as group:
+        announcer = Announcer(request, tenant="acme", instance="b")
+        task = group.create_task(announcer.run())
+        for name in ("a", "b"):
+            announcer.tell(refusal(name))
+        await until(lambda: len(said) == 2)
         task.cancel()
 
 
