@@ -1,14 +1,23 @@
 """The command line: every command explains itself, errors are one line with a cure."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 import yaml
 from click.testing import CliRunner
 
 from vcproxy.cli.main import COMMANDS, main
 from vcproxy.ops import admin
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Daemons configure the process's logging, and here to a stream that is closed afterwards."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
