@@ -1,4 +1,6 @@
-"""The API servers of all tenants, in one process: `python -m benchmarks.brain.apiservers DIRECTORY`.
+"""The API servers of all tenants, in one process: `python -m benchmarks.brain.apiservers DIRECTORY TENANTS`.
+
+The last one is the super cluster's, which says on which nodes the tenants' pods are.
 
 Each has a port of its own, over TLS with client certificates, and speaks as much HTTP/1.1 as a list and a watch need.
 Bodies are made by one formatting of octets, so that what is measured is the reader. Orders come by standard input, one
@@ -17,15 +19,17 @@ import json
 import ssl
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import uvloop
 
-from benchmarks.brain.objects import Objects, bookmark
+from benchmarks.brain.objects import Objects, bookmark, whereabouts
 
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 _TICK = 0.001
+SLICES = "/apis/discovery.k8s.io/v1/endpointslices"
 
 
 class ApiServer:
@@ -44,14 +48,23 @@ class ApiServer:
             self.watches.setdefault(path, set()).add(transport)
             transport.write(_HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
             return
-        body = self._held.objects.listed(path, self.tenant)
+        if self.tenant == self._held.tenants:
+            body = whereabouts(path, self.tenant)
+        else:
+            body = self._held.objects.listed(path, self.tenant)
         transport.write(_HEAD + b"Content-Length: %d\r\n\r\n" % len(body))
         transport.write(body)
 
     def change(self, turn: int) -> None:
         """One endpoint of one Service changes; that of the next Service at the next turn."""
         line = self._held.objects.event(self.tenant, turn % self._held.objects.services, next(self._held.versions))
-        self.send("/apis/discovery.k8s.io/v1/endpointslices", line)
+        self.send(SLICES, line)
+
+    def flood(self) -> Iterator[None]:
+        """One change after the other, as cheap as they can be made."""
+        for line in itertools.cycle(self._held.objects.flood(self.tenant)):
+            self.send(SLICES, line % next(self._held.versions))
+            yield
 
     def send(self, path: str, line: bytes) -> None:
         """Write a line to the watches."""
@@ -68,7 +81,8 @@ class ApiServer:
 class Held:
     """What all have in common."""
 
-    def __init__(self) -> None:
+    def __init__(self, tenants: int) -> None:
+        self.tenants = tenants
         self.objects = Objects(1, 1)
         self.versions = itertools.count(2)
 
@@ -108,6 +122,7 @@ async def steady(
     servers: list[ApiServer], rate: float, seconds: float, noisy: int = -1, more: float = 0
 ) -> dict[str, float]:
     """Events over all tenants in turns, and `more` a second of the tenant `noisy`."""
+    flood = servers[noisy].flood() if more else None
     began = time.monotonic()
     sent = extra = left_out = 0
     late = 0.0
@@ -117,11 +132,11 @@ async def steady(
             servers[sent % len(servers)].change(sent // len(servers))
             sent += 1
         for _ in range(min(200, int(elapsed * more) - extra)):  # what is more than that comes at the next tick
-            if servers[noisy].waiting:
-                left_out += 1
-            else:
-                servers[noisy].change(extra)
             extra += 1
+            if flood is not None and not servers[noisy].waiting:
+                next(flood)
+            else:
+                left_out += 1
         await asyncio.sleep(_TICK)
     return {"sent": sent, "more": extra - left_out, "seconds": elapsed, "late": late}
 
@@ -133,12 +148,13 @@ async def main(directory: Path, count: int) -> None:
     context.load_cert_chain(directory / "apiserver.crt", directory / "apiserver.key")
     context.load_verify_locations(directory / "ca.crt")
     context.verify_mode = ssl.CERT_REQUIRED
-    held, ports = Held(), []
-    servers = [ApiServer(tenant, held) for tenant in range(count)]
+    held, ports = Held(count), []
+    servers = [ApiServer(tenant, held) for tenant in range(count + 1)]
     for server in servers:
         listening = await loop.create_server(lambda server=server: Connection(server), "127.0.0.1", 0, ssl=context)
         ports.append(listening.sockets[0].getsockname()[1])
     _say(ports)
+    tenants = servers[:-1]
     orders = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
     async with asyncio.TaskGroup() as group:
@@ -149,9 +165,9 @@ async def main(directory: Path, count: int) -> None:
                     held.objects = Objects(int(services), int(endpoints))
                     _say({})
                 case b"steady", [rate, seconds]:
-                    _say(await steady(servers, rate, seconds))
+                    _say(await steady(tenants, rate, seconds))
                 case b"steady", [rate, seconds, noisy, more]:
-                    _say(await steady(servers, rate, seconds, int(noisy), more))
+                    _say(await steady(tenants, rate, seconds, int(noisy), more))
         talk.cancel()
 
 

@@ -13,6 +13,8 @@ from benchmarks import pipeline
 
 NODES = 1000
 """Nodes that the pods of all tenants run on."""
+READERS = 50
+"""Nodes that read what changes, each the tenants that have pods there."""
 _HOLE = "@@"
 _MANAGER = {
     "manager": "kube-controller-manager",
@@ -61,11 +63,40 @@ class Objects:
 
     def event(self, tenant: int, service: int, version: int) -> bytes:
         """The line of a watch that says that one endpoint of a Service has now another address; dated now."""
+        return self._event(tenant, service, b"%d" % version, version)
+
+    def flood(self, tenant: int) -> list[bytes]:
+        """Lines as those of `event`, two of each Service, each a template for the version: cheaper to send."""
+        return [self._event(tenant, service, b"%d", turn) for turn in (1, 2) for service in range(self.services)]
+
+    def _event(self, tenant: int, service: int, version: bytes, turn: int) -> bytes:
         first = service * self.endpoints
         addresses = [_address(tenant, at) for at in range(first, first + self.endpoints - 1)]
-        other = b"10.%d.%d.%d" % (0xC0 | version >> 16 & 0x3F, version >> 8 & 0xFF, version & 0xFF)
-        now = datetime.now(UTC).isoformat().encode()
-        return self._events[service] % (b"%d" % version, now, *addresses, other)
+        other = b"10.%d.%d.%d" % (0xC0 | turn >> 16 & 0x3F, turn >> 8 & 0xFF, turn & 0xFF)
+        return self._events[service] % (version, datetime.now(UTC).isoformat().encode(), *addresses, other)
+
+
+def whereabouts(path: str, tenants: int) -> bytes:
+    """What the super cluster's API server lists: each tenant has a Pod on one of the first READERS nodes."""
+    if path.endswith("/pods"):
+        return _list("v1", "Pod", [_pod(tenant) for tenant in range(tenants)])
+    if path.endswith("/nodes"):
+        return _list("v1", "Node", [{"metadata": {"name": f"node-{number}"}} for number in range(READERS)])
+    return _list("v1", "Unknown", [])
+
+
+def tenant_name(tenant: int) -> str:
+    """A tenant's name; its uid is dir-NAME."""
+    return f"t{tenant:05}"
+
+
+def _pod(tenant: int) -> dict[str, Any]:
+    labels = {"vcproxy.dev/tenant": tenant_name(tenant)}
+    return {
+        "metadata": {"namespace": "default", "name": f"pod-{tenant}", "uid": f"pod-{tenant}", "labels": labels},
+        "spec": {"nodeName": f"node-{tenant % READERS}"},
+        "status": {"phase": "Running", "podIPs": [{"ip": _address(tenant, 0).decode()}]},
+    }
 
 
 def bookmark(version: int) -> bytes:

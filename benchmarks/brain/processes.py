@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from vcproxy.lab.cluster import BRAIN_NAME
+from benchmarks.brain.objects import tenant_name
+from vcproxy.lab.cluster import BRAIN_NAME, DIE_WITH_PARENT
 from vcproxy.ops import configfile, pki
 
 
@@ -20,7 +21,7 @@ class Helper:
     """A module of this package as a process: orders in, answers out."""
 
     def __init__(self, module: str, *arguments: object) -> None:
-        argv = [sys.executable, "-m", f"benchmarks.brain.{module}", *map(str, arguments)]
+        argv = [*DIE_WITH_PARENT, sys.executable, "-m", f"benchmarks.brain.{module}", *map(str, arguments)]
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def order(self, *words: object) -> None:
@@ -63,26 +64,27 @@ class Scene:
             self._authority.node(f"node-{number}").write(directory, f"node-{number}")
 
     def enrol(self, ports: Sequence[int]) -> None:
-        """Write each tenant's kubeconfig."""
+        """Write each tenant's kubeconfig, and the super cluster's."""
+        folder = self.directory / "all"
+        folder.mkdir()
         for number, port in enumerate(ports):
             pair = self._authority.client("kubernetes-admin", ("system:masters",))
-            folder = self.directory / "all"
-            folder.mkdir(exist_ok=True)
-            (folder / f"{name(number)}.kubeconfig").write_text(_kubeconfig(self._authority.certificate, pair, port))
+            file = folder / f"{tenant_name(number)}.kubeconfig" if number < self.tenants else self._super
+            file.write_text(_kubeconfig(self._authority.certificate, pair, port))
 
-    def brain(self, tenants: int) -> "Brain":
-        """Start a brain that has the first so many tenants."""
+    @property
+    def _super(self) -> Path:
+        return self.directory / "super.kubeconfig"
+
+    def brain(self, tenants: int, *, placed: bool = True) -> "Brain":
+        """Start a brain that has the first so many tenants; `placed`: each on the node of its pod, else on all."""
         folder = self.directory / "tenants"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for number in range(tenants):
-            (folder / f"{name(number)}.kubeconfig").symlink_to(self.directory / "all" / f"{name(number)}.kubeconfig")
-        return Brain(self.directory, folder)
-
-
-def name(tenant: int) -> str:
-    """A tenant's name; its uid is dir-NAME."""
-    return f"t{tenant:05}"
+            name = f"{tenant_name(number)}.kubeconfig"
+            (folder / name).symlink_to(self.directory / "all" / name)
+        return Brain(self.directory, folder, self._super if placed else None)
 
 
 def _kubeconfig(authority: bytes, pair: pki.KeyPair, port: int) -> str:
@@ -107,7 +109,7 @@ def _base64(data: bytes) -> str:
 class Brain:
     """A brain as operators run it, that reads tenants from a folder."""
 
-    def __init__(self, directory: Path, tenants: Path) -> None:
+    def __init__(self, directory: Path, tenants: Path, super_cluster: Path | None) -> None:
         config = {
             "apiVersion": configfile.API_VERSION,
             "kind": "BrainConfiguration",
@@ -117,7 +119,7 @@ class Brain:
                 "keyFile": str(directory / "brain.key"),
                 "clientCAFile": str(directory / "ca.crt"),
             },
-            "superCluster": None,
+            "superCluster": {"kubeconfig": str(super_cluster), "services": False} if super_cluster else None,
             "tenants": {"sources": [{"directory": {"path": str(tenants)}}]},
             "adminSocket": str(directory / "brain.sock"),
             "metricsAddress": "",
@@ -126,7 +128,7 @@ class Brain:
         path.write_text(yaml.safe_dump(config))
         self.began = time.monotonic()
         with self._log.open("wb") as log:
-            argv = [sys.executable, "-m", "vcproxy", "brain", "--config", str(path)]
+            argv = [*DIE_WITH_PARENT, sys.executable, "-m", "vcproxy", "brain", "--config", str(path)]
             self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def __enter__(self) -> "Brain":

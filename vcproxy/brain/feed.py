@@ -51,7 +51,7 @@ from vcproxy.model.timing import Timing
 from vcproxy.ops import logs, metrics
 from vcproxy.ops.stopping import heeded
 
-SLICE_SECONDS = 0.004
+SLICE_SECONDS = 0.002
 """How long a feed works before it lets other tasks run."""
 SHORT_REST = 0.02
 """Seconds between two looks at whether a right has changed, of a tenant that is over its rate."""

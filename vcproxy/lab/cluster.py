@@ -28,7 +28,7 @@ BRAIN_NAME = "vcproxy-brain"
 _GRACE = 10.0  # seconds for a daemon to end by itself
 # A program and not preexec_fn: for Python between fork and exec, subprocess forks in earnest, and a gRPC that the
 # caller uses then starts its threads anew, in the child too, and in the network namespace of the caller at that time.
-_DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 class Cluster:
@@ -222,7 +222,7 @@ class Cluster:
         argv = [sys.executable, "-m", "vcproxy", command, "--config", str(config)]
         inside = netns.entered(ns) if ns else contextlib.nullcontext()
         with (self.directory / f"{name}.log").open("ab") as log, inside:
-            process = subprocess.Popen([*_DIE_WITH_PARENT, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = subprocess.Popen([*DIE_WITH_PARENT, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._processes[name] = process
         return process
 
