@@ -32,19 +32,19 @@ import msgspec
 from vcproxy.brain.chronicle import Chronicle
 from vcproxy.brain.compiler import Compiler, Key
 from vcproxy.brain.compiler import Kind as Compiled
-from vcproxy.brain.guard import BACKEND_REASONS, Policy, Reason, Refusal, judge_virtual_ranges
+from vcproxy.brain.guard import Policy, Refusal, judge_virtual_ranges
 from vcproxy.brain.inbox import GONE, Batch, Inbox
+from vcproxy.brain.notices import CONFIRM_SECONDS, Notices
 from vcproxy.brain.ownership import Ownership, Rights
+from vcproxy.brain.ranges import Ranges
 from vcproxy.brain.restriction import restrict
 from vcproxy.brain.sources import Input, Kind
 from vcproxy.brain.store import Store
 from vcproxy.brain.vouched import Aliases
-from vcproxy.kube import shapes
 from vcproxy.kube.backoff import Backoff
 from vcproxy.kube.budget import Budget
 from vcproxy.kube.errors import ShapeError
-from vcproxy.kube.reflector import Broken, Deleted, Event, Listed, Recovered, Upserted
-from vcproxy.model.addresses import AddressError, Prefix, parse_prefix
+from vcproxy.kube.reflector import Broken, Event, Listed, Recovered
 from vcproxy.model.mark import Mark
 from vcproxy.model.tenant import Tenant
 from vcproxy.model.timing import Timing
@@ -55,16 +55,12 @@ SLICE_SECONDS = 0.002
 """How long a feed works before it lets other tasks run."""
 SHORT_REST = 0.02
 """Seconds between two looks at whether a right has changed, of a tenant that is over its rate."""
-CONFIRM_SECONDS = 5.0
-"""How long the refusal of an endpoint must last to be counted and told: Pods and slices come by different ways."""
 RELIST_SECONDS = 60.0
 """At most this often a list is asked for because a tenant at its limits has made room."""
 OVERTAKEN_SECONDS = 1.0
 """How long a node may be ahead before a list is asked for: a watch that lags by less catches up alone."""
 LISTS_APART_SECONDS = 10.0
 """Between lists that are asked for because nodes are ahead."""
-LOGGED_REFUSALS = 50
-"""Refusals that one feed writes to the log; all are counted and shown by `explain`."""
 
 _log = logs.get("feed")
 
@@ -102,15 +98,12 @@ class Feed:
         self.last_error = ""
         self._store = store
         self._observe = observe
-        self._noticed = noticed
+        self._notices = Notices(tenant.uid, stands=self._stands, told=noticed, confirm_seconds=confirm_seconds)
         self._ownership = ownership
         self._rules_known = rules_known
         self._rights: Rights | None = None  # None: endpoints may be anywhere
         self._doubtful: set[bytes] = set()  # addresses to which the right may have changed
         self._renewal = asyncio.Event()
-        self._confirm_seconds = confirm_seconds
-        self._confirming: asyncio.TimerHandle | None = None
-        self._unconfirmed: dict[Refusal, None] = {}
         self._rate = 0
         self._budget: Budget | None = None
         self._pace(events_per_second)
@@ -118,8 +111,7 @@ class Feed:
         self._aliases = aliases if aliases is not None else Aliases()
         self._aliases.changed = self._touch
         self._broken: dict[Kind, Broken] = {}
-        self._ranges: dict[Key, tuple[Prefix, ...]] = {}
-        self._logged = 0
+        self._ranges = Ranges()
         self._ahead = asyncio.Event()  # a node is
         self._relist = False
         self._caught_up_at = -LISTS_APART_SECONDS
@@ -134,7 +126,7 @@ class Feed:
         if self._ownership is not None and self.policy.judges_backends:
             self._rights = self._ownership.rights(self.tenant.uid, self.policy)
             self._rights.reconsider, self._rights.wake = self._reconsider, self.look
-        self.compiler = Compiler(self.policy, rights=self._rights, aliases=self._aliases, noticed=self._notice)
+        self.compiler = Compiler(self.policy, rights=self._rights, aliases=self._aliases, noticed=self._notices.notice)
         self._doubtful.clear()
         self._batch: Batch | None = None
         self._inbox = Inbox(held=self._held, wall_ns=time.time_ns)
@@ -150,8 +142,7 @@ class Feed:
         try:
             await self._run()
         finally:
-            if self._confirming is not None:
-                self._confirming.cancel()
+            self._notices.close()
 
     async def _run(self) -> NoReturn:
         while True:
@@ -200,7 +191,8 @@ class Feed:
                 self._inbox.take(kind, event)
                 self._arrived.set()
             case _ if kind == "ServiceCIDR":
-                self._take_ranges(event)
+                if self._ranges.take(event):
+                    self._set_ranges()
         self._observe(kind, event)
 
     # --- rules --------------------------------------------------------------------------------------------------------
@@ -234,6 +226,11 @@ class Feed:
     def _open(self) -> bool:
         """Whether the rules are known."""
         return self._rules_known() and (self._rights is None or self._rights.known)
+
+    def _stands(self, refusal: Refusal) -> bool | None:
+        if not self.compiler.refuses(refusal):
+            return False
+        return True if self._open else None
 
     def _reconsider(self, address: bytes) -> None:
         self._doubtful.add(address)
@@ -381,24 +378,9 @@ class Feed:
 
     # --- facts --------------------------------------------------------------------------------------------------------
 
-    def _take_ranges(self, event: Event[shapes.ServiceCIDR]) -> None:
-        match event:
-            case Listed(objects, errors):
-                kept = {error.key for error in errors}
-                if None not in kept:
-                    self._ranges = {key: held for key, held in self._ranges.items() if key in kept}
-                self._ranges |= {found.key: _prefixes(found) for found in objects}
-            case Upserted(found):
-                self._ranges[found.key] = _prefixes(found)
-            case Deleted(key):
-                self._ranges.pop(key, None)
-            case _:
-                return
-        self._set_ranges()
-
     def _set_ranges(self) -> None:
-        asked = [prefix for prefixes in self._ranges.values() for prefix in prefixes]
-        self.tenant = msgspec.structs.replace(self.tenant, virtual_ranges=judge_virtual_ranges(asked, self.policy))
+        allowed = judge_virtual_ranges(self._ranges.prefixes(), self.policy)
+        self.tenant = msgspec.structs.replace(self.tenant, virtual_ranges=allowed)
         self._store.add_tenant(self.tenant)
 
     def _judge_health(self) -> None:
@@ -409,34 +391,6 @@ class Feed:
             self._store.set_stale(self.tenant.uid, first.since, str(first.error))
         else:
             self._store.set_stale(self.tenant.uid, None)
-
-    def _notice(self, refusal: Refusal) -> None:
-        """A refusal is new. An endpoint whose Pod is about to be seen is none: it is given time to be."""
-        if refusal.reason not in BACKEND_REASONS:
-            self._count(refusal)
-            return
-        self._unconfirmed[refusal] = None
-        if self._confirming is None:
-            self._confirming = asyncio.get_running_loop().call_later(self._confirm_seconds, self._confirm)
-
-    def _confirm(self) -> None:
-        self._confirming = None
-        waiting, self._unconfirmed = self._unconfirmed, {}
-        for refusal in waiting:
-            if not self.compiler.refuses(refusal):
-                continue
-            if self._open:
-                self._count(refusal)
-            else:
-                self._notice(refusal)
-
-    def _count(self, refusal: Refusal) -> None:
-        metrics.REFUSED.labels(self.tenant.uid, refusal.reason.value).inc(refusal.count)
-        self._noticed(refusal)
-        self._logged += 1
-        if self._logged <= LOGGED_REFUSALS:
-            level = "error" if refusal.reason is Reason.LIMIT else "warning"
-            getattr(_log, level)("refused", tenant=self.tenant.uid, refusal=str(refusal))
 
 
 class _Relist(Exception):
@@ -452,14 +406,6 @@ class _Slice:
     def spent(self) -> bool:
         """True when others should run."""
         return time.perf_counter() >= self._end
-
-
-def _prefixes(found: shapes.ServiceCIDR) -> tuple[Prefix, ...]:
-    prefixes: list[Prefix] = []
-    for text in found.spec.cidrs:
-        with suppress(AddressError):  # what is no CIDR holds no address
-            prefixes.append(parse_prefix(text))
-    return tuple(prefixes)
 
 
 def _summary(errors: BaseExceptionGroup[Exception]) -> str:
