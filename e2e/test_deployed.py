@@ -15,7 +15,7 @@ from e2e.cluster import images, rootfs
 from e2e.cluster.cluster import CACHE, Cluster
 from e2e.cluster.deployed import NAMESPACE
 from e2e.cluster.pods import create
-from e2e.cluster.scene import NODE_PORT, PORT, Scene, reaches, roll, scene_of
+from e2e.cluster.scene import PORT, Scene, reaches, roll, scene_of
 from e2e.controlplane import ControlPlane
 from e2e.relay import Relay
 from vcproxy.lab.dial import Refused, Reply, TimedOut, tcp_request
@@ -49,7 +49,7 @@ def test_services_of_cluster_and_tenant(split: Tenants) -> None:
     scene, cluster = split.scene, split.scene.cluster
     for node in cluster.nodes:
         for address in node.addresses.addresses:
-            assert isinstance(tcp_request(cluster.control.machine, address, NODE_PORT), Reply)
+            assert isinstance(tcp_request(cluster.control.machine, address, scene.node_port), Reply)
     shop = scene.serve("shop", 2, **{"vcproxy.dev/tenant": "acme"})
     buyer = create(cluster, "buyer", cluster.nodes[1], labels={"vcproxy.dev/tenant": "acme"})
     service = objects.service("shop", ports=[objects.service_port(80, target=PORT)], cluster_ips=["10.32.0.10"])

@@ -26,8 +26,10 @@ _READY_WITHIN = 100.0  # seconds
 def run(control: Control) -> None:
     """deploy/run.yaml: one DaemonSet, nothing else."""
     text = (DEPLOY / "run.yaml").read_text()
-    # A limit of the whole machine is the host's, which no container of a machine may change.
-    ranges = f"clusterCIDR: {','.join(POD_CIDRS)}\n    conntrack: {{maxPerCore: 0, min: 0}}"
+    # A limit of the whole machine is the host's, which no container of a machine may change. Upstream's tests ask for
+    # NodePorts on localhost.
+    further = ("conntrack: {maxPerCore: 0, min: 0}", "nodePortAddresses: [primary, localhost]")
+    ranges = "\n    ".join([f"clusterCIDR: {','.join(POD_CIDRS)}", *further])
     edits = {"https://192.0.2.1:6443": API_SERVER, "clusterCIDR: 10.244.0.0/16": ranges}
     _apply(control, _documents(text, edits))
     rolled_out(control, "kube-system", "daemonset/vcproxy-run")

@@ -15,7 +15,6 @@ from vcproxy.lab.servers import Servers
 
 PORT = 8080
 """What pods that serve listen on."""
-NODE_PORT = 30080
 
 
 @dataclass
@@ -26,6 +25,7 @@ class Scene:
     servers: Servers
     client: Pod
     web: tuple[str, ...]
+    node_port: int
 
     def serve(self, name: str, node: int, **labels: str) -> Pod:
         """A pod that answers with its name."""
@@ -36,19 +36,26 @@ class Scene:
 
 @contextmanager
 def scene_of(cluster: Cluster) -> Iterator[Scene]:
+    """A scene in a cluster that has others before and after: nothing of it stays."""
+    client = cluster.control.client
     with Servers() as servers:
         ports = [
-            objects.service_port(80, name="tcp", target=PORT, node_port=NODE_PORT),
+            objects.service_port(80, name="tcp", target=PORT),
             objects.service_port(80, name="udp", protocol="UDP", target=PORT),
         ]
         service = objects.service("web", type="NodePort", ports=ports, selector={"app": "web"}, dual_stack=True)
-        web = tuple(cluster.control.client.create(service).object["spec"]["clusterIPs"])
-        scene = Scene(cluster, servers, create(cluster, "client", cluster.nodes[-1]), web)
-        for number, _ in enumerate(cluster.nodes):
-            scene.serve(f"web-{number}", number, app="web")
-        for address in web:
-            reaches(scene.client, address, 80)
-        yield scene
+        spec = client.create(service).object["spec"]
+        try:
+            dialler = create(cluster, "client", cluster.nodes[-1])
+            scene = Scene(cluster, servers, dialler, tuple(spec["clusterIPs"]), spec["ports"][0]["nodePort"])
+            for number, _ in enumerate(cluster.nodes):
+                scene.serve(f"web-{number}", number, app="web")
+            for address in scene.web:
+                reaches(scene.client, address, 80)
+            yield scene
+        finally:
+            client.delete("Service", "web", "default")
+            client.delete_all("Pod", "default")
 
 
 def reaches(place: Place, address: str, port: int, *, pod: str = "") -> None:
@@ -65,7 +72,7 @@ def roll(scene: Scene, namespace: str, *workloads: str) -> None:
     """Replace all pods of these workloads, node by node, while pods, a node and a client outside go on connecting."""
     cluster, control = scene.cluster, scene.cluster.control
     inside = [(protocol, address, 80) for protocol in ("tcp", "udp") for address in scene.web]
-    outside = [("tcp", address, NODE_PORT) for node in cluster.nodes for address in node.addresses.addresses]
+    outside = [("tcp", address, scene.node_port) for node in cluster.nodes for address in node.addresses.addresses]
 
     def pods() -> set[str]:
         return {pod["metadata"]["uid"] for pod in control.client.list("Pod", namespace).items}
