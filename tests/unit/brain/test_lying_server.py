@@ -15,6 +15,7 @@ import json
 from typing import Any
 
 import msgspec
+import pytest
 from aiohttp import web
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -279,8 +280,9 @@ async def play(moves: list[tuple[Any, ...]]) -> None:
     await until(lambda: len(asyncio.all_tasks()) <= before)
 
 
+@pytest.mark.timeout(900)
 @settings(
-    max_examples=150,
+    max_examples=800,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
