@@ -78,6 +78,7 @@ class Memory:
         self._rights_of = rights_of
         self._files = StateDirectory(directory, self._job, delay=delay, rest=REST)
         self._written: dict[str, tuple[bytes, Tenant]] = {}
+        self._told: set[str] = set()  # whose rules have changed since
 
     def load(self) -> int:
         """Hand the store all that is usable; returns how many tenants. Blocks; never raises."""
@@ -176,7 +177,9 @@ class Memory:
         if policy is None:
             return None
         if _fingerprint(policy) != compiled_by:
-            _log.warning("a last good state is not used: the tenant's policy has changed since", tenant=uid)
+            if uid not in self._told:  # asked again at each try to reach the API server
+                self._told.add(uid)
+                _log.warning("a last good state is not used: the tenant's policy has changed since", tenant=uid)
             return None
         change = restrict(model, policy, policy, self._rights_of(uid, policy))
         for key in change.removed:
