@@ -82,6 +82,8 @@ def whereabouts(path: str, tenants: int) -> bytes:
         return _list("v1", "Pod", [_pod(tenant) for tenant in range(tenants)])
     if path.endswith("/nodes"):
         return _list("v1", "Node", [{"metadata": {"name": f"node-{number}"}} for number in range(READERS)])
+    if path.endswith("/tenantpolicies"):
+        return _list("vcproxy.dev/v1alpha1", "TenantPolicy", [])
     return _list("v1", "Unknown", [])
 
 
