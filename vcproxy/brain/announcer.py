@@ -20,6 +20,7 @@ from urllib.parse import quote
 import msgspec
 
 from vcproxy.brain.guard import Refusal, for_tenant
+from vcproxy.kube.budget import Budget
 from vcproxy.kube.client import MERGE_PATCH
 from vcproxy.kube.errors import ApiError, Forbidden, NotFound, Unauthorized
 from vcproxy.ops import logs
@@ -67,8 +68,7 @@ class Announcer:
         self._waiting: dict[Subject, Refusal] = {}
         self._told: dict[Subject, _Told] = {}
         self._arrived = asyncio.Event()
-        self._tokens = float(BURST)
-        self._at = clock()
+        self._budget = Budget(1 / PAUSE_SECONDS, BURST, clock())
 
     def tell(self, refusal: Refusal) -> None:
         """Have it told, perhaps. Never blocks, never raises."""
@@ -88,7 +88,8 @@ class Announcer:
             if not self._waiting:
                 self._arrived.clear()
                 continue
-            await self._turn()
+            if wait := self._budget.spend(1, self._clock()):
+                await self._sleep(wait)
             subject = next(iter(self._waiting))
             refusal = self._waiting.pop(subject)
             if not self.enabled or self.barred:
@@ -104,17 +105,6 @@ class Announcer:
                 _log.debug("an Event was lost", tenant=self._tenant, error=str(error))
             except Exception:  # a fault of ours: a courtesy must not end what all tenants share
                 _log.exception("an Event was lost to an internal error", tenant=self._tenant)
-
-    async def _turn(self) -> None:
-        """Wait until one more may be written."""
-        while True:
-            now = self._clock()
-            self._tokens = min(BURST, self._tokens + (now - self._at) / PAUSE_SECONDS)
-            self._at = now
-            if self._tokens >= 1:
-                self._tokens -= 1
-                return
-            await self._sleep((1 - self._tokens) * PAUSE_SECONDS)
 
     async def _write(self, subject: Subject, refusal: Refusal) -> None:
         now = datetime.datetime.fromtimestamp(self._wall(), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
