@@ -266,19 +266,28 @@ class Feed:
                     self._restrict(None, None)
                     self._judge_health()  # what is remembered may be served now
             self._settle_rights()
-            batch = self._batch = self._inbox.drain()
-            touched = {kind for kind, _ in batch.items}
-            self._chronicle.taken(self._read_to(), touched=touched, listed=batch.listed)
-            await self._read(batch)
-            await self._emit(batch.timing)
-            metrics.EVENTS.labels(self.tenant.uid).inc(len(batch.items))
-            # Many changes of one object cost as one: else a flood would be paid for by ever longer waiting.
-            changed, self._batch = min(batch.events, len(batch.items)), None
+            changed = await self._take_batch()
             if self._relist or (self.compiler.starved and time.monotonic() - relisted > RELIST_SECONDS):
                 self._versions = self._read_to()
                 raise _Relist
             if self._budget is not None and (wait := self._budget.spend(changed, time.monotonic())):
                 await self._rest(wait)
+
+    async def _take_batch(self) -> int:
+        """Read and compile all that waits; returns how many changes it was.
+
+        A call of its own, so that no frame holds a list's objects, many times what is packed of them, until something
+        else happens.
+        """
+        batch = self._batch = self._inbox.drain()
+        touched = {kind for kind, _ in batch.items}
+        self._chronicle.taken(self._read_to(), touched=touched, listed=batch.listed)
+        await self._read(batch)
+        await self._emit(batch.timing)
+        self._batch = None
+        metrics.EVENTS.labels(self.tenant.uid).inc(len(batch.items))
+        # Many changes of one object cost as one: else a flood would be paid for by ever longer waiting.
+        return min(batch.events, len(batch.items))
 
     async def _rest(self, seconds: float) -> None:
         """The tenant has had its share for so long; only rights that changed are seen to."""

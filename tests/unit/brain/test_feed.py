@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
@@ -124,6 +125,15 @@ async def test_an_empty_tenant_is_synced_too() -> None:
     async with fed(hand) as (store, _):
         await begin(hand)
         assert held(store).synced
+
+
+async def test_what_was_compiled_is_not_held_until_the_next_change() -> None:
+    hand = Hand()
+    async with fed(hand):
+        found = service(), endpoint_slice(["10.0.0.1"])
+        before = [sys.getrefcount(one) for one in found]
+        await begin(hand, found[:1], found[1:])
+        assert [sys.getrefcount(one) for one in found] == before, "a list is many times what is packed of it"
 
 
 async def test_service_cidrs_that_are_not_served_hold_nothing_up() -> None:
