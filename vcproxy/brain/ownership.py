@@ -17,7 +17,7 @@ Until everything has been read once (`known`) nothing is judged at all: a tenant
 to have none.
 """
 
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import cast
 
 from vcproxy.brain.guard import Policy, Reason
@@ -37,7 +37,6 @@ class Ownership:
 
     def __init__(self) -> None:
         self.known = False
-        self._claims: dict[Hashable, tuple[Claim, ...]] = {}
         self._owners: dict[bytes, Owners] = {}
         self._facts: dict[str, frozenset[bytes]] = {}
         self._nodes: dict[bytes, int] = {}  # how many Node objects have the address
@@ -102,15 +101,8 @@ class Ownership:
             for rights in list(self._rights.values()):
                 rights.wake()
 
-    def put_pod(self, source: Hashable, claims: Iterable[Claim]) -> None:
-        """The Pod `source` stands for these claims now, in place of those it stood for; (): it is gone."""
-        new, old = tuple(claims), self._claims.get(source, ())
-        if new == old:
-            return
-        if new:
-            self._claims[source] = new
-        else:
-            del self._claims[source]
+    def move(self, old: Iterable[Claim], new: Iterable[Claim]) -> None:
+        """A Pod that stood for the claims `old` stands for `new` from now on."""
         before = {(claim.address, claim.tenant) for claim in old if claim.address}
         after = {(claim.address, claim.tenant) for claim in new if claim.address}
         touched: dict[bytes, set[str]] = {}
@@ -201,15 +193,10 @@ class _ReadAlong:
         self._ownership = ownership
         self._placement = placement
 
-    def put(self, source: Hashable, claims: Iterable[Claim]) -> None:
+    def move(self, old: Sequence[Claim], new: Sequence[Claim]) -> None:
         """See Placement."""
-        told = tuple(claims)
-        self._ownership.put_pod(source, told)
-        self._placement.put(source, told)
-
-    def remove(self, source: Hashable) -> None:
-        """See Placement."""
-        self.put(source, ())
+        self._ownership.move(old, new)
+        self._placement.move(old, new)
 
     def put_facts(self, node: str, facts: NodeFacts | None) -> None:
         """See Placement."""

@@ -2,8 +2,9 @@
 
 A node is sent the tenants it has pods of and no others: a thousand tenants then cost a node what its own twenty do, and
 it never learns of the rest. The facts come from the super cluster's Pods, at binding, before the pod starts. Pods are
-claims: `put` says which (node, address, tenant) one object stands for now, and costs as much as those; the tables that
-nodes read are counts kept up to date.
+claims: `move` says which (node, address, tenant) some object stood for and which it stands for now, and costs as much
+as those; the tables that nodes read are counts kept up to date. What an object stands for is held by whoever tells of
+it, and nowhere twice: there may be hundreds of thousands.
 
 A tenant whose last pod left a node lingers there, since pods come back (a rolling update, a crash loop) and removing a
 tenant only to send all of it again costs most of all.
@@ -18,8 +19,9 @@ import heapq
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import msgspec
 
 from vcproxy.kube import shapes
 from vcproxy.model.addresses import never_allowed, readable_addresses
@@ -30,7 +32,7 @@ LINGER_SECONDS = 120.0
 _FINISHED = ("Succeeded", "Failed")
 
 
-class Claim(NamedTuple):
+class Claim(msgspec.Struct, frozen=True, order=True, gc=False):
     """A pod of `tenant` (uid) is on `node`. `address`: 4 or 16 octets; b"" while it has none yet."""
 
     node: str
@@ -47,16 +49,49 @@ class Scope(enum.Enum):
 
 
 class _OnNode:
-    """What is known of one node. `claimants`: address -> the objects that claim it, and for whom."""
+    """What is known of one node. `pods`: whose an address is; `shared`: of addresses that several claim, how often each
+    tenant does.
+    """
 
-    __slots__ = ("claimants", "counts", "facts", "lingering", "pods")
+    __slots__ = ("counts", "facts", "lingering", "pods", "shared")
 
     def __init__(self) -> None:
         self.pods: dict[bytes, str] = {}
-        self.claimants: dict[bytes, dict[Hashable, str]] = {}
+        self.shared: dict[bytes, dict[str, int]] = {}
         self.counts: dict[str, int] = {}
         self.lingering: dict[str, float] = {}
         self.facts: NodeFacts | None = None
+
+    def claim(self, address: bytes, tenant: str) -> None:
+        """One more has the address."""
+        counts = self.shared.get(address)
+        if counts is None:
+            if address not in self.pods:
+                self.pods[address] = tenant
+                return
+            counts = {self.pods[address]: 1}
+        counts[tenant] = counts.get(tenant, 0) + 1
+        self._share(address, counts)
+
+    def disclaim(self, address: bytes, tenant: str) -> None:
+        """One fewer has it."""
+        counts = self.shared.pop(address, None)
+        if counts is None:
+            del self.pods[address]
+            return
+        counts[tenant] -= 1
+        if not counts[tenant]:
+            del counts[tenant]
+        self._share(address, counts)
+
+    def _share(self, address: bytes, counts: dict[str, int]) -> None:
+        """An address that two tenants claim (overlays, where pod addresses overlap) tells nothing: it is nobody's."""
+        if sum(counts.values()) > 1:
+            self.shared[address] = counts
+        if len(counts) == 1:
+            (self.pods[address],) = counts
+        else:
+            self.pods.pop(address, None)
 
 
 class Placement:
@@ -67,7 +102,6 @@ class Placement:
         self._clock = clock
         self._nodes: dict[str, _OnNode] = {}
         self._node_addresses: Counter[bytes] = Counter()
-        self._claims: dict[Hashable, tuple[Claim, ...]] = {}
         self._placed: dict[str, int] = {}  # claims of a tenant on all nodes
         self._scopes: dict[str, Scope] = {}
         self._everywhere: frozenset[str] = frozenset()
@@ -130,32 +164,23 @@ class Placement:
 
     # --- what sources write -------------------------------------------------------------------------------------------
 
-    def put(self, source: Hashable, claims: Iterable[Claim]) -> None:
-        """The object `source` now stands for these claims, in place of those it stood for."""
-        new = tuple(Claim(sys.intern(node), address, sys.intern(tenant)) for node, address, tenant in claims)
-        old = self._claims.get(source, ())
+    def move(self, old: Sequence[Claim], new: Sequence[Claim]) -> None:
+        """An object that stood for the claims `old` stands for `new` from now on."""
         if new == old:
             return
-        if new:
-            self._claims[source] = new
-        else:
-            del self._claims[source]
         for claim in new:  # before the old ones go, so that no count touches zero in between
             self._count(claim, 1)
         for claim in old:
             self._count(claim, -1)
-        changed = {claim.node for claim in (*old, *new)}
         for claim in old:
-            self._disclaim(source, claim)
+            if claim.address:
+                self._nodes[claim.node].disclaim(claim.address, claim.tenant)
         for claim in new:
-            self._claim(source, claim)
+            if claim.address:
+                self._nodes[claim.node].claim(claim.address, claim.tenant)
         self._settle_scopes(claim.tenant for claim in (*old, *new))
-        for node in sorted(changed):
+        for node in sorted({claim.node for claim in (*old, *new)}):
             self._announce(node)
-
-    def remove(self, source: Hashable) -> None:
-        """The object is gone; an unknown one is no error."""
-        self.put(source, ())
 
     def put_facts(self, node: str, facts: NodeFacts | None) -> None:
         """Facts of a node are now these; None when its Node object is gone."""
@@ -220,29 +245,6 @@ class Placement:
         else:
             del self._placed[claim.tenant]
 
-    def _claim(self, source: Hashable, claim: Claim) -> None:
-        if claim.address:
-            held = self._nodes[claim.node]
-            held.claimants.setdefault(claim.address, {})[source] = claim.tenant
-            self._settle_address(held, claim.address)
-
-    def _disclaim(self, source: Hashable, claim: Claim) -> None:
-        held = self._nodes[claim.node]
-        claimants = held.claimants.get(claim.address, {})
-        if claimants.pop(source, None) is not None:
-            self._settle_address(held, claim.address)
-
-    @staticmethod
-    def _settle_address(held: _OnNode, address: bytes) -> None:
-        """An address that two tenants claim (overlays, where pod addresses overlap) tells nothing: it is nobody's."""
-        tenants = set(held.claimants[address].values())
-        if len(tenants) == 1:
-            held.pods[address] = tenants.pop()
-        else:
-            held.pods.pop(address, None)
-        if not held.claimants[address]:
-            del held.claimants[address]
-
     def _settle_scopes(self, uids: Iterable[str]) -> None:
         everywhere = set(self._everywhere)
         for uid in set(uids):
@@ -267,7 +269,8 @@ def pod_claims(pod: shapes.Pod, tenant: str) -> tuple[Claim, ...]:
     if not pod.spec.node_name or pod.spec.host_network or pod.status.phase in _FINISHED:
         return ()
     texts = [said.ip for said in pod.status.pod_ips] or [pod.status.pod_ip]
-    return tuple(Claim(pod.spec.node_name, address, tenant) for address in sorted(_usable(texts)) or (b"",))
+    node = sys.intern(pod.spec.node_name)
+    return tuple(Claim(node, address, tenant) for address in sorted(_usable(texts)) or (b"",))
 
 
 def slice_claims(found: shapes.EndpointSlice, tenant: str) -> tuple[Claim, ...]:
@@ -275,7 +278,8 @@ def slice_claims(found: shapes.EndpointSlice, tenant: str) -> tuple[Claim, ...]:
     claims: set[Claim] = set()
     for endpoint in found.endpoints or ():
         if endpoint.node_name:
-            claims.update(Claim(endpoint.node_name, address, tenant) for address in _usable(endpoint.addresses[:1]))
+            node = sys.intern(endpoint.node_name)
+            claims.update(Claim(node, address, tenant) for address in _usable(endpoint.addresses[:1]))
     return tuple(sorted(claims))
 
 

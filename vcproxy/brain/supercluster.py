@@ -49,9 +49,7 @@ class SuperClusterFeed:
         self._placement = placement
         self._listed = listed
         self._policies = policies
-        self._whereabouts = Whereabouts(
-            ownership.reading(placement), origin=SUPER_UID, attribution=attribution, vouched=vouched
-        )
+        self._whereabouts = Whereabouts(ownership.reading(placement), attribution=attribution, vouched=vouched)
         self._broken: dict[Kind, Broken] = {}
         whereabouts = _whereabouts(config)
         self._wanted = {resource.kind for resource in whereabouts}

@@ -35,7 +35,7 @@ class Super:
     def __init__(self) -> None:
         self.ownership = Ownership()
         self.placement = Placement()
-        self.whereabouts = Whereabouts(self.ownership.reading(self.placement), origin="super", attribution=Owners())
+        self.whereabouts = Whereabouts(self.ownership.reading(self.placement), attribution=Owners())
         self.ownership.set_known()
 
     def runs(self, *pods) -> None:
@@ -373,6 +373,7 @@ def test_what_is_left_after_a_restriction_is_what_compiling_anew_would_give(befo
 
 def test_claims_without_address_count_for_nobody() -> None:
     ownership = Ownership()
-    ownership.put_pod("p", (Claim("n1", b"", UID),))
-    ownership.put_pod("p", ())
+    claims = (Claim("n1", b"", UID),)
+    ownership.move((), claims)
+    ownership.move(claims, ())
     assert ownership.judge(b"", UID, OWN, api_server=False) is Reason.NOT_OWN_POD

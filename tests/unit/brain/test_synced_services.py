@@ -41,7 +41,7 @@ class Super:
     def __init__(self) -> None:
         self.owners, self.vouched, self.placement = Owners([VIRTUAL_CLUSTER]), Vouched(), Placement()
         self.synced = SyncedServices(self.owners, self.vouched)
-        self.pods = Whereabouts(self.placement, origin="super", attribution=self.owners, vouched=self.vouched)
+        self.pods = Whereabouts(self.placement, attribution=self.owners, vouched=self.vouched)
 
     def put(self, kind: str, value: dict[str, Any]) -> None:
         shape = {"Namespace": shapes.Namespace, "Service": shapes.Service, "Pod": shapes.Pod}[kind]

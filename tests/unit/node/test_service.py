@@ -104,7 +104,7 @@ async def test_with_a_real_brain_over_mutual_tls(config: NodeConfiguration, tmp_
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     store, placement = Store(), Placement()
     placement.put_facts(NODE, FACTS)
-    placement.put("pod-1", [Claim(NODE, parse_address("10.0.1.1"), "acme")])
+    placement.move((), (Claim(NODE, parse_address("10.0.1.1"), "acme"),))
     placement.set_ready()
     store.add_tenant(Tenant("acme", "Acme"))
     store.replace("acme", [WEB])

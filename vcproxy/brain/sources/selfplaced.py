@@ -23,7 +23,7 @@ class SelfPlaced:
         self._uid = uid
         self._pods: set[Key] = set()
         self._slices: dict[Key, tuple[Claim, ...]] = {}
-        self._whereabouts = Whereabouts(placement, origin=uid, attribution=Sole(uid))
+        self._whereabouts = Whereabouts(placement, attribution=Sole(uid))
 
     @property
     def listed(self) -> bool:
@@ -38,9 +38,12 @@ class SelfPlaced:
             _follow(self._pods, event)
         elif kind == "EndpointSlice":
             self._take_slice(event)
-        if told_by_pods != bool(self._pods):
-            for key, claims in self._slices.items():
-                self._place(key, claims)
+        if told_by_pods and not self._pods:
+            for claims in self._slices.values():
+                self._placement.move((), claims)
+        elif self._pods and not told_by_pods:
+            for claims in self._slices.values():
+                self._placement.move(claims, ())
 
     def clear(self) -> None:
         """The tenant is gone."""
@@ -62,12 +65,14 @@ class SelfPlaced:
                 self._drop(key)
 
     def _place(self, key: Key, claims: tuple[Claim, ...]) -> None:
-        self._slices[key] = claims
-        self._placement.put(("EndpointSlice", self._uid, *key), () if self._pods else claims)
+        old, self._slices[key] = self._slices.get(key, ()), claims
+        if not self._pods:
+            self._placement.move(old, claims)
 
     def _drop(self, key: Key) -> None:
-        self._slices.pop(key, None)
-        self._placement.remove(("EndpointSlice", self._uid, *key))
+        old = self._slices.pop(key, ())
+        if not self._pods:
+            self._placement.move(old, ())
 
 
 def _follow(keys: set[Key], event: Event[Any]) -> None:

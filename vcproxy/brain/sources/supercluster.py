@@ -4,7 +4,11 @@ Placement is what tenants cannot write: the super cluster's own Pods, and whose 
 are nobody's are the super cluster's own: their packets are in no tenant's zone, so they are not placed.
 """
 
-from typing import Any, NamedTuple
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
 
 from vcproxy.brain.placement import Claim, Placement, pod_claims
 from vcproxy.brain.sources import Kind
@@ -36,31 +40,46 @@ def facts_of_node(node: shapes.Node) -> NodeFacts:
     return NodeFacts(zone, tuple(dict.fromkeys(readable_addresses(told))), tuple(ranges), eligible=not leaving)
 
 
-class _Seen(NamedTuple):
-    """A Pod with a mark: its claims without their tenant."""
+class _Group:
+    """The Pods with one mark, and the tenant that owns them; "": nobody known."""
 
-    mark: Mark
+    __slots__ = ("keys", "mark", "owner")
+
+    def __init__(self, mark: Mark, owner: str) -> None:
+        self.mark, self.owner = mark, owner
+        self.keys: set[Key] = set()
+
+
+class _Seen(msgspec.Struct, frozen=True, gc=False):
+    """A Pod with a mark, and what was told of it: claims, at least one, of the tenant that owned it then."""
+
+    group: _Group
     claims: tuple[Claim, ...]
+
+    @property
+    def placed(self) -> tuple[Claim, ...]:
+        """What the placement is to know of it."""
+        return self.claims if self.claims[0].tenant and self.group.mark[0] != CONTROL_PLANE else ()
+
+    @property
+    def vouched(self) -> str:
+        """The tenant whose API server it is, "": none's."""
+        return self.claims[0].tenant if self.group.mark[0] == CONTROL_PLANE else ""
 
 
 class Whereabouts:
     """Events about Pods and Nodes into the placement, for one origin of them.
 
-    `origin` keeps objects of the same name in different origins apart. `vouched` learns where tenants' API servers run.
-    `listed`: the kinds of which a complete list was read.
+    `vouched` learns where tenants' API servers run. `listed`: the kinds of which a complete list was read.
     """
 
-    def __init__(
-        self, placement: Placement, *, origin: str, attribution: Attribution, vouched: Vouched | None = None
-    ) -> None:
+    def __init__(self, placement: Placement, *, attribution: Attribution, vouched: Vouched | None = None) -> None:
         self.listed: set[Kind] = set()
         self._placement = placement
-        self._origin = origin
         self._attribution = attribution
         self._vouched = vouched
         self._pods: dict[Key, _Seen] = {}
-        self._marked: dict[Mark, set[Key]] = {}
-        self._owners: dict[Mark, str] = {}  # of the marks above, as last told
+        self._groups: dict[Mark, _Group] = {}
         self._nodes: set[Key] = set()
         attribution.subscribe(self._owner_changed)
 
@@ -102,59 +121,53 @@ class Whereabouts:
         if mark is None or not claims:
             self._remove("Pod", found.key)
             return
-        old = self._pods.get(found.key)
-        if old is not None and old.mark != mark:
-            if CONTROL_PLANE in (old.mark[0], mark[0]):  # claims of another sort, which the new ones do not replace
-                self._place(found.key, old.mark, ())
-            self._unmark(found.key, old.mark)
-        self._pods[found.key] = _Seen(mark, claims)
-        keys = self._marked.setdefault(mark, set())
-        if not keys and (owner := self._attribution.owner(mark)) is not None:
-            self._owners[mark] = owner
-        keys.add(found.key)
-        self._place(found.key, mark, claims)
+        group = self._groups.get(mark)
+        if group is None:
+            group = self._groups[mark] = _Group(mark, self._attribution.owner(mark) or "")
+        key = sys.intern(found.key[0]), found.key[1]
+        self._tell(key, _Seen(group, _owned(claims, group.owner)))
 
     def _remove(self, kind: Kind, key: Key) -> None:
-        if kind == "Node":
-            if key in self._nodes:
-                self._nodes.discard(key)
-                self._placement.put_facts(key[1], None)
-            return
-        seen = self._pods.pop(key, None)
-        if seen is None:
-            return
-        self._place(key, seen.mark, ())
-        self._unmark(key, seen.mark)
-
-    def _unmark(self, key: Key, mark: Mark) -> None:
-        keys = self._marked[mark]
-        keys.discard(key)
-        if not keys:
-            del self._marked[mark]
-            self._owners.pop(mark, None)
+        if kind == "Pod":
+            self._tell(key, None)
+        elif key in self._nodes:
+            self._nodes.discard(key)
+            self._placement.put_facts(key[1], None)
 
     def _owner_changed(self, mark: Mark) -> None:
-        keys = self._marked.get(mark)
-        if not keys:
+        group = self._groups.get(mark)
+        if group is None:
             return
-        old, new = self._owners.pop(mark, None), self._attribution.owner(mark)
-        if mark[0] == CONTROL_PLANE and old is not None:
-            for key in keys:
-                self._vouch(old, key, ())
+        group.owner = self._attribution.owner(mark) or ""
+        for key in list(group.keys):
+            self._tell(key, _Seen(group, _owned(self._pods[key].claims, group.owner)))
+
+    def _tell(self, key: Key, new: _Seen | None) -> None:
+        """A Pod is now so; None: it is gone, or nobody's."""
+        old = self._pods.get(key)
         if new is not None:
-            self._owners[mark] = new
-        for key in keys:
-            self._place(key, mark, self._pods[key].claims)
-
-    def _place(self, key: Key, mark: Mark, claims: tuple[Claim, ...]) -> None:
-        owner = self._owners.get(mark)
-        if mark[0] == CONTROL_PLANE:
-            if owner is not None:
-                self._vouch(owner, key, claims)
+            self._pods[key] = new
+            new.group.keys.add(key)
+        elif old is not None:
+            del self._pods[key]
+        else:
             return
-        placed = [claim._replace(tenant=owner) for claim in claims] if owner is not None else ()
-        self._placement.put(("Pod", self._origin, *key), placed)
+        if old is not None and (new is None or new.group is not old.group):
+            old.group.keys.discard(key)
+            if not old.group.keys:
+                del self._groups[old.group.mark]
+        self._placement.move(old.placed if old is not None else (), new.placed if new is not None else ())
+        self._vouch(key, old, new)
 
-    def _vouch(self, uid: str, key: Key, claims: tuple[Claim, ...]) -> None:
-        if self._vouched is not None:
-            self._vouched.put_api_server(uid, key, tuple(claim.address for claim in claims if claim.address))
+    def _vouch(self, key: Key, old: _Seen | None, new: _Seen | None) -> None:
+        if self._vouched is None:
+            return
+        if old is not None and old.vouched and (new is None or new.vouched != old.vouched):
+            self._vouched.put_api_server(old.vouched, key, ())
+        if new is not None and new.vouched:
+            addresses = tuple(claim.address for claim in new.claims if claim.address)
+            self._vouched.put_api_server(new.vouched, key, addresses)
+
+
+def _owned(claims: Iterable[Claim], tenant: str) -> tuple[Claim, ...]:
+    return tuple(Claim(claim.node, claim.address, tenant) for claim in claims)
