@@ -17,7 +17,7 @@ import msgspec
 from rich.table import Table
 
 from benchmarks.brain.objects import READERS, Objects, tenant_name
-from benchmarks.brain.processes import Brain, Helper, Scene, cpu
+from benchmarks.brain.processes import Brain, Helper, Meter, Scene
 from benchmarks.pipeline import quantile
 from vcproxy.kube.decode import ENDPOINT_SLICES, SERVICES, decode_list
 
@@ -200,12 +200,12 @@ def fan_out(scale: Scale, scene: Scene, servers: Helper, nodes: Helper) -> Table
             connecting = time.monotonic()
             nodes.ask("connect", port, scale.nodes, acknowledge)
             connected = time.monotonic() - connecting
-            late, last, spent = [], [], []
+            late, last, spent, meter = [], [], [], Meter(brain.process.pid)
             for _ in range(scale.changes):
                 nodes.ask("forget")
-                began = brain.cpu
+                meter.begin()
                 servers.ask("steady", 1, 0.9)
-                spent.append((brain.cpu - began) / scale.nodes)
+                spent.append(meter.spent() / scale.nodes)
                 seen = nodes.ask("seen")
                 octets = seen["octets"]
                 took = [row[4] - row[1] for row in seen["deltas"]]
@@ -218,13 +218,13 @@ def fan_out(scale: Scale, scene: Scene, servers: Helper, nodes: Helper) -> Table
         with Helper("floor", scene.directory, octets, how) as floor:
             port = floor.answer()
             nodes.ask(*(("connect", port, scale.nodes, 0) if how == "grpc" else ("raw", port, scale.nodes, octets)))
-            late, last, spent = [], [], []
+            late, last, spent, meter = [], [], [], Meter(floor.process.pid)
             for _ in range(scale.changes):
                 nodes.ask("forget")
-                began = cpu(floor.process.pid)
+                meter.begin()
                 written = floor.ask("write")
                 time.sleep(0.9)
-                spent.append((cpu(floor.process.pid) - began) / scale.nodes)
+                spent.append(meter.spent() / scale.nodes)
                 took = [row[4] - written for row in nodes.ask("seen")["deltas"]]
                 assert len(took) == scale.nodes
                 late.extend(took)

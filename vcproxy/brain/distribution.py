@@ -239,9 +239,6 @@ class _Connection:
 
 
 async def _write(stream: Stream, event: asyncio.Event, context: Context) -> None:
-    sent = {
-        field.name: metrics.SENT_BYTES.labels(field.name) for field in distribution_pb2.BrainMessage.DESCRIPTOR.fields
-    }
     while True:
         message = stream.next_message()
         if message is None:
@@ -249,7 +246,7 @@ async def _write(stream: Stream, event: asyncio.Event, context: Context) -> None
             await event.wait()
             continue
         await context.write(message.data)
-        sent[message.kind].inc(len(message.data))
+        metrics.SENT_BYTES.add(message.kind, len(message.data))
 
 
 async def _read(stream: Stream, requests: AsyncIterator[bytes]) -> None:

@@ -104,6 +104,7 @@ class Feed:
         self._rights: Rights | None = None  # None: endpoints may be anywhere
         self._doubtful: set[bytes] = set()  # addresses to which the right may have changed
         self._renewal = asyncio.Event()
+        self._events = metrics.EVENTS.labels(tenant.uid)
         self._rate = 0
         self._budget: Budget | None = None
         self._pace(events_per_second)
@@ -285,7 +286,7 @@ class Feed:
         await self._read(batch)
         await self._emit(batch.timing)
         self._batch = None
-        metrics.EVENTS.labels(self.tenant.uid).inc(len(batch.items))
+        self._events.inc(len(batch.items))
         # Many changes of one object cost as one: else a flood would be paid for by ever longer waiting.
         return min(batch.events, len(batch.items))
 

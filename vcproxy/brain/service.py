@@ -59,6 +59,7 @@ class Brain:
         self._super: SuperClusterFeed | None = None
         self._began = time.monotonic()
         self._loading: set[str] = set()  # tenants of the first load that are neither synced nor out of reach
+        self._stale: dict[str, float] = {}  # as the metric has it
         wanted = config.super_cluster
         self._grants = Grants(config.tenants, vouches=wanted is not None and wanted.pods and not wanted.node)
         self.ownership = Ownership()
@@ -233,8 +234,13 @@ class Brain:
 
     def _measure(self, uid: str) -> None:
         stored = self.store.tenants().get(uid)
-        if stored is not None:
-            metrics.STALE.labels(uid).set(stored.stale_since or 0)
+        since = stored.stale_since or 0.0 if stored is not None else None
+        if since != self._stale.get(uid):
+            if since is None:
+                del self._stale[uid]
+            else:
+                self._stale[uid] = since
+                metrics.STALE.labels(uid).set(since)
         if uid in self._loading and not self._awaited(uid):
             self._loading.remove(uid)
             self._judge_loaded()
