@@ -11,7 +11,7 @@ last good form stays. Endpoints are judged by what the super cluster says of the
 changes, `reconsider` compiles the services concerned again, and no slice has to be read for it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -72,8 +72,8 @@ def compile_service(
         if held is not None and (found.key[0], held.service) == service.key:
             said.extend(refusals.records())
             if rights is not None:
-                screen = Screen(rights)
-                said.extend(screen.put(found.key, held, None, found.metadata.uid))
+                screen = Screen(rights, {found.key: held}.get)
+                said.extend(screen.put(found.key, held, found.metadata.uid))
                 held = screen.admitted(found.key, held)
             packed.append(held)
     return Compiled(tuple(assemble(ports, packed)), tuple(said))
@@ -112,7 +112,7 @@ class Compiler:
         noticed: Callable[[Refusal], None] = lambda refusal: None,
     ) -> None:
         self._policy = policy
-        self._screen = Screen(rights) if rights is not None else None
+        self._screen = Screen(rights, self._held) if rights is not None else None
         self._aliases = aliases if aliases is not None else Aliases()
         self._noticed = noticed
         self._frames: dict[Key, _Frame] = {}
@@ -221,7 +221,7 @@ class Compiler:
         record = Refusal(kind, *error.key, error.field, Reason.MALFORMED, error.reason, cure=CURES[Reason.MALFORMED])
         self._note(kind, error.key, (record,))
 
-    def reconsider(self, addresses: Iterable[bytes]) -> Change:
+    def reconsider(self, addresses: Collection[bytes]) -> Change:
         """The right to these addresses has changed: compile what leads there, at once and before all that is dirty.
 
         A right that is lost does not wait for its tenant's other changes, of which there may be a flood.
@@ -233,11 +233,10 @@ class Compiler:
         for key in sorted(self._screen.slices(addresses)):
             service = self._service_of[key]
             held = self._slices[service][key[1]]
-            before = self._screen.admitted(key, held)
             old = self._refusals.get(("EndpointSlice", key), ())
-            said = self._screen.judge(key, held, next((record.uid for record in old), ""))
+            said, other = self._judge_again(key, held, next((record.uid for record in old), ""))
             self._note("EndpointSlice", key, (*(one for one in old if one.reason not in BACKEND_REASONS), *said))
-            if self._screen.admitted(key, held) != before or service in self._dirty:
+            if other or service in self._dirty:
                 touched[service] = None
         for service in touched:
             if self.ready:
@@ -322,12 +321,9 @@ class Compiler:
         old_service = self._service_of.get(key)
         old = self._slices[old_service].get(key[1]) if old_service is not None else None
         if old == packed:
-            screened: tuple[Refusal, ...] = ()
-            if self._screen is not None:
-                before = self._screen.admitted(key, packed)
-                screened = self._screen.judge(key, packed, uid)
-                if self._screen.admitted(key, packed) != before:
-                    self._dirty[service] = None
+            screened, other = self._judge_again(key, packed, uid)
+            if other:
+                self._dirty[service] = None
             self._note("EndpointSlice", key, refusals.records() + screened)
             return
         if over := self._over_limit(service, packed, old, old_service):
@@ -337,12 +333,24 @@ class Compiler:
         if old_service is not None and old_service != service:
             self._drop_slice(key)
             old = None
-        screened = self._screen.put(key, packed, old, uid) if self._screen is not None else ()
+        screened = self._screen.put(key, packed, uid) if self._screen is not None else ()
         self._note("EndpointSlice", key, refusals.records() + screened)
         self._weight += packed.weight - (old.weight if old else 0)
         self._slices.setdefault(service, {})[key[1]] = packed
         self._service_of[key] = service
         self._dirty[service] = None
+
+    def _judge_again(self, key: Key, held: PackedSlice, uid: str) -> tuple[tuple[Refusal, ...], bool]:
+        """What is refused of a slice that has not changed, and whether other endpoints may be used than before."""
+        if self._screen is None:
+            return (), False
+        before = self._screen.admitted(key, held)
+        refused = self._screen.judge(key, held, uid)
+        return refused, self._screen.admitted(key, held) != before
+
+    def _held(self, key: Key) -> PackedSlice | None:
+        service = self._service_of.get(key)
+        return self._slices[service][key[1]] if service is not None else None
 
     def _over_limit(
         self, service: Key, packed: PackedSlice, old: PackedSlice | None, old_service: Key | None
@@ -367,7 +375,7 @@ class Compiler:
         gone = held.pop(key[1])
         self._weight -= gone.weight
         if self._screen is not None:
-            self._screen.drop(key, gone)
+            self._screen.drop(key)
         if not held:
             del self._slices[service]
         self._room = True
