@@ -3,12 +3,16 @@
 Nearly all that a brain or an agent holds lives until its tenant changes it and is in no cycle: reference counts free
 it. The collector does not know that, looks at some hundred thousand objects again and again while a first load goes on
 (a third of the time that planning takes), and later now and then at all of them at once, half a second in which no
-tenant is served. So it runs seldom, and what was there when the first load was done it never looks at again.
+tenant is served. So it looks at all of them hardly ever, and never again at what was there when the first load was
+done.
+
+Young objects it looks at in small portions. Each is looked at twice whatever the size of a portion, so a large one
+saves nothing, and nobody is served meanwhile: 50,000 took 20 ms, and a million, twenty portions of those, 360 ms.
 """
 
 import gc
 
-_YOUNG, _MIDDLE, _OLD = 50_000, 20, 100
+_YOUNG, _MIDDLE, _OLD = 1_000, 10, 10_000
 """Objects made until the youngest are looked at; times of that until the middle ones are; and until all are."""
 
 
