@@ -14,6 +14,8 @@ ClusterIPs, endpoints) is not there: what a test puts in is what comes out.
 
 Faults are looked up for every request, newest first. A fault's answer is a function of the request: those below, or a
 test's own.
+`api.watch_list` says what becomes of a watch that is asked to begin with a list (WatchList): "served", "refused" as by a
+server that has it switched off, or "ignored": all objects come, as at the beginning of any watch without a version.
 `api.absent` holds paths of collections that are not served, as before a CustomResourceDefinition is there.
 `api.requests` has every request seen, as (verb, path, query), where verb is list, watch, get or the HTTP method.
 """
@@ -32,7 +34,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import trustme
 from aiohttp import web
@@ -88,13 +90,14 @@ class _Watch:
 
     def line(self, change: _Change) -> bytes:
         """The event of a change as this watch sees it: what no longer matches its selectors is deleted for it."""
-        before = change.before is not None and self._sees(change.before)
-        after = change.after is not None and self._sees(change.after)
+        before = change.before is not None and self.sees(change.before)
+        after = change.after is not None and self.sees(change.after)
         if not (before or after):
             return b""
         return event("DELETED" if not after else "MODIFIED" if before else "ADDED", change.shown)
 
-    def _sees(self, value: Json) -> bool:
+    def sees(self, value: Json) -> bool:
+        """Whether an object matches what is asked for."""
         return self.namespace in ("", value["metadata"].get("namespace", "")) and selected(value, self.query)
 
 
@@ -110,6 +113,7 @@ class FakeApiServer:
         self.token = token
         self.faults: list[Fault] = []
         self.absent: set[str] = set()
+        self.watch_list: Literal["served", "refused", "ignored"] = "served"
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.url = ""
         self._mutual = client_certificate
@@ -360,6 +364,14 @@ class FakeApiServer:
             return failure(410, f"too old resource version: {since}", reason="Expired")
         response = _stream()
         watch = _Watch(path, namespace, request.query)
+        if request.query.get("sendInitialEvents") == "true":
+            if self.watch_list == "refused" or request.query.get("resourceVersionMatch") != "NotOlderThan":
+                return failure(422, "sendInitialEvents: Forbidden", reason="Invalid")
+            for value in self.objects(self._kinds[path], path=path):
+                if watch.sees(value):
+                    watch.queue.put_nowait(event("ADDED", value))
+            if self.watch_list == "served":
+                watch.queue.put_nowait(end_of_list(self._kinds[path], self._version))
         first = bisect.bisect_right(self._log, since, key=lambda entry: entry[0])
         for _, where, change in itertools.islice(self._log, first, None):
             if where == path and (line := watch.line(change)):
@@ -529,6 +541,12 @@ def _merge(old: Json, patch: Json) -> Json:
 def event(kind: str, value: Json) -> bytes:
     """A line of a watch."""
     return b'{"type":"%s","object":%s}\n' % (kind.encode(), _dump(value))
+
+
+def end_of_list(kind: str, version: int | str) -> bytes:
+    """The line that ends the list that a watch begins with."""
+    metadata = {"resourceVersion": str(version), "annotations": {"k8s.io/initial-events-end": "true"}}
+    return event("BOOKMARK", {"kind": kind, "metadata": metadata})
 
 
 def selected(value: Json, query: Mapping[str, str]) -> bool:

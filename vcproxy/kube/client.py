@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,10 +32,12 @@ from vcproxy.kube.errors import (
     KubeconfigError,
     TooLarge,
     Unreachable,
+    Unserved,
     error_of_status,
     printable,
 )
 from vcproxy.kube.identity import FileToken, tls_context
+from vcproxy.kube.initial import ALL_FIRST, Initial
 from vcproxy.kube.kubeconfig import Credentials
 from vcproxy.kube.lines import Line, LineCutter
 from vcproxy.kube.resolve import LookUp, Permit, Resolver, permitted_socket
@@ -56,8 +58,8 @@ class Limits:
     """What one API server may make us hold and wait for. Sizes in bytes, times in seconds.
 
     object_bytes: one object's JSON; etcd holds 1.5 MiB. page_bytes: one answer, which is decoded in one go.
-    list_bytes, list_objects, list_seconds: one list with all its pages. connect_seconds: TCP and TLS.
-    request_seconds: one whole request, and the beginning of a watch. connections: at once, those of watches included.
+    list_bytes, list_objects, list_seconds: one list, in pages or a stream. stalled_seconds: between parts of a stream.
+    connect_seconds: TCP and TLS. request_seconds: one request, and the beginning of a watch. connections: at once, all.
     """
 
     object_bytes: int = 2 << 20
@@ -65,6 +67,7 @@ class Limits:
     list_bytes: int = 256 << 20
     list_objects: int = 250_000
     list_seconds: float = 300.0
+    stalled_seconds: float = 10.0
     connect_seconds: float = 10.0
     request_seconds: float = 30.0
     connections: int = 8
@@ -192,21 +195,66 @@ class Client:
                 raise BadResponse(tenant=self.tenant, path=resource.path, message="the same continue token twice")
             token = page.next_token
 
+    async def list_and_watch(
+        self, resource: Resource[T], *, timeout_seconds: int
+    ) -> AsyncGenerator[list[Line] | Page[T], None]:
+        """A complete list as the beginning of a watch, in one request: see initial.py.
+
+        First yields an empty list, once the server has accepted, and then for each part of the list that arrives one
+        more; then the list, as one page; then as `watch`.
+        Raises ApiError: TooLarge as `list_pages`; Unserved where the server has no such list.
+        """
+        limits, loop = self.limits, asyncio.get_running_loop()
+        initial = Initial(
+            resource,
+            tenant=self.tenant,
+            object_bytes=limits.object_bytes,
+            list_bytes=limits.list_bytes,
+            list_objects=limits.list_objects,
+        )
+        async with aclosing(self.watch(resource, resource_version=None, timeout_seconds=timeout_seconds)) as batches:
+            try:
+                yield await anext(batches)
+            except BadResponse as error:
+                if 400 <= error.status < 500:
+                    raise self._unserved(resource.path, str(error)) from None
+                raise
+            deadline = loop.time() + limits.list_seconds
+            while (rest := initial.take(await self._part(resource, batches))) is None:
+                if loop.time() > deadline:
+                    raise self._unserved(resource.path, f"a list without an end in {limits.list_seconds:g} s")
+                yield []
+            page = initial.page
+            del initial
+            yield page
+            del page  # the watch may go on for minutes
+            if rest:
+                yield rest
+            async for lines in batches:
+                yield lines
+
+    async def _part(self, resource: Resource[T], batches: AsyncGenerator[list[Line], None]) -> list[Line]:
+        try:
+            async with asyncio.timeout(self.limits.stalled_seconds):
+                return await anext(batches)
+        except TimeoutError:
+            raise self._unserved(resource.path, "a list that has not ended, and nothing more comes") from None
+        except StopAsyncIteration:
+            raise self._unreachable(resource.path, "the stream ended before the list did") from None
+
     async def watch(
-        self, resource: Resource[T], *, resource_version: str, timeout_seconds: int
+        self, resource: Resource[T], *, resource_version: str | None, timeout_seconds: int
     ) -> AsyncGenerator[list[Line], None]:
         """The lines of one watch, bookmarks included, as they arrive: each step yields at least one whole line.
 
+        `resource_version`: where to begin; None: with all that there is, if the server knows that (`list_and_watch`).
         First yields an empty list, once the server has accepted the watch. Ends when the server ends the watch in
         good order. There is no deadline for silence between lines: put one around each step.
         Raises ApiError; Unreachable when the connection is lost or ends within a line.
         """
-        params = dict(resource.params) | {
-            "watch": "true",
-            "resourceVersion": resource_version,
-            "allowWatchBookmarks": "true",
-            "timeoutSeconds": str(timeout_seconds),
-        }
+        begin = ALL_FIRST if resource_version is None else {"resourceVersion": resource_version}
+        params = dict(resource.params) | begin
+        params |= {"watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_seconds)}
         async with self._errors(resource.path):
             async with asyncio.timeout(self.limits.request_seconds):
                 response = await self._send("GET", resource.path, params=params)
@@ -306,6 +354,9 @@ class Client:
 
     def _unreachable(self, path: str, message: str) -> ApiError:
         return Unreachable(tenant=self.tenant, path=path, message=message)
+
+    def _unserved(self, path: str, message: str) -> ApiError:
+        return Unserved(tenant=self.tenant, path=path, message=message)
 
     def _bad(self, path: str, message: str, status: int) -> ApiError:
         return BadResponse(tenant=self.tenant, path=path, message=message, status=status)

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 from urllib.parse import quote
 
 import msgspec
 
 from vcproxy.kube import shapes
 from vcproxy.kube.errors import ApiError, BadResponse, ShapeError, error_of_status, printable
+from vcproxy.kube.lines import Line, Oversized
 
 Key = tuple[str, str]
 """(namespace, name); the namespace is empty for cluster-scoped kinds."""
@@ -112,9 +113,13 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class Bookmark:
-    """BOOKMARK: everything up to this resourceVersion has been sent."""
+    """BOOKMARK: everything up to this resourceVersion has been sent. `kind`: of the objects; `ends_list`: they were the
+    complete list that a stream begins with.
+    """
 
     resource_version: str
+    kind: str
+    ends_list: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +190,9 @@ def decode_event(resource: Resource[T], line: bytes, *, tenant: str, object_byte
                 gone = _decode_as(_OBJECT, resource, event.object, tenant).metadata
                 return Removed((gone.namespace, gone.name), gone.uid, gone.resource_version)
             case "BOOKMARK":
-                return Bookmark(_decode_as(_BOOKMARK, resource, event.object, tenant).metadata.resource_version)
+                mark = _decode_as(_BOOKMARK, resource, event.object, tenant)
+                metadata = mark.metadata
+                return Bookmark(metadata.resource_version, mark.kind, metadata.annotations.ends_list == "true")
             case "ERROR":
                 raise _status_error(resource, event.object, tenant)
             case other:
@@ -194,12 +201,26 @@ def decode_event(resource: Resource[T], line: bytes, *, tenant: str, object_byte
         return Bad(error, _peek(event.object)[1])
 
 
-def oversized_event(resource: Resource[T], head: bytes, size: int, *, tenant: str, limit: int) -> Bad:
-    """The event whose line of `size` bytes was not read to its end, of which `head` is the beginning."""
-    namespace = re.search(rb'"namespace"\s*:\s*"([^"\\]{1,63})"', head)
-    name = re.search(rb'"name"\s*:\s*"([^"\\]{1,253})"', head)
+def decode_added(resource: Resource[T], lines: Sequence[bytes]) -> list[T] | None:
+    """The objects of lines that all say ADDED, decoded in one go; None where that is not so, or any is wrong.
+
+    As many events as lines, of which none holds two (msgspec refuses that): so each has a line of its own.
+    """
+    try:
+        events = _added_decoder(resource.shape).decode_lines(b"\n".join(lines))
+    except UNDECODABLE:
+        return None
+    return [event.object for event in events] if len(events) == len(lines) else None
+
+
+def decode_line(resource: Resource[T], line: Line, *, tenant: str, object_bytes: int) -> WatchEvent[T]:
+    """As `decode_event`; a line that was not read to its end, since it was too long, is Bad."""
+    if not isinstance(line, Oversized):
+        return decode_event(resource, line, tenant=tenant, object_bytes=object_bytes)
+    namespace = re.search(rb'"namespace"\s*:\s*"([^"\\]{1,63})"', line.head)
+    name = re.search(rb'"name"\s*:\s*"([^"\\]{1,253})"', line.head)
     key = (_latin(namespace), _latin(name)) if name else None
-    reason = f"{size} bytes of JSON, more than the limit of {limit}"
+    reason = f"{line.size} bytes of JSON, more than the limit of {object_bytes}"
     return Bad(ShapeError(tenant=tenant, kind=resource.kind, key=key, field="$", reason=reason), "")
 
 
@@ -228,8 +249,23 @@ class _Event(msgspec.Struct, gc=False):
     object: msgspec.Raw
 
 
+class _AddedEvent(msgspec.Struct, Generic[T], gc=False):
+    type: Literal["ADDED"]
+    object: T
+
+
+class _BookmarkAnnotations(msgspec.Struct, gc=False, rename={"ends_list": "k8s.io/initial-events-end"}):
+    ends_list: str = ""
+
+
+class _BookmarkMeta(shapes.Shape, frozen=True):
+    resource_version: str = ""
+    annotations: _BookmarkAnnotations = msgspec.field(default_factory=_BookmarkAnnotations)
+
+
 class _BookmarkObject(msgspec.Struct, gc=False):
-    metadata: _ListMeta
+    metadata: _BookmarkMeta
+    kind: str = ""
 
 
 class _Status(shapes.Shape, frozen=True):
@@ -259,6 +295,11 @@ def _list_decoder(shape: type[Any]) -> msgspec.json.Decoder[Any]:
 @functools.cache
 def _object_decoder(shape: type[Any]) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(shape)
+
+
+@functools.cache
+def _added_decoder(shape: type[Any]) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(_AddedEvent[shape])  # type: ignore[valid-type]
 
 
 def _decode(resource: Resource[T], raw: msgspec.Raw, tenant: str, object_bytes: int) -> T:

@@ -13,7 +13,8 @@
         ├── Throttled        429
         ├── ServerError      5xx
         ├── TooLarge         the answer is over a budget
-        └── BadResponse      an answer that no API server gives: a redirect, HTML, truncated JSON, a wrong kind
+        ├── BadResponse      an answer that no API server gives: a redirect, HTML, truncated JSON, a wrong kind
+        └── Unserved         a list as a stream, of an API server that has none: list in pages
 
 The reader of an `ApiError` decides one thing only: whether to try again, and when (`retry_after`). None of them ever
 stands for data: the consumer keeps the last good state. Messages carry words that a hostile server chose, so they
@@ -117,6 +118,10 @@ class TooLarge(ApiError):
 
 class BadResponse(ApiError):
     """An answer that no API server gives: a redirect, a page of HTML, truncated JSON, a wrong kind."""
+
+
+class Unserved(ApiError):
+    """This API server does not answer with a list as a stream (client.py, `list_and_watch`): list in pages."""
 
 
 _BY_STATUS: dict[int, type[ApiError]] = {

@@ -1,11 +1,15 @@
 """The state of one collection of one API server, followed for as long as the tenant exists.
 
-List once, watch from the list's resourceVersion, resume where a watch ended, list again when history is gone. The
-rules that make this safe to build a data plane on:
+List once, watch from the list's resourceVersion, resume where a watch ended, list again when history is gone. A list
+comes in pages, or (`stream`) as the beginning of the watch that follows it, where the API server has that (initial.py).
+The rules that make this safe to build a data plane on:
 
-- **Nothing but a complete list replaces.** `Listed` is delivered after the last page of a successful list. Every other
-  outcome (refused credentials, 5xx, HTML, truncated JSON, silence) is a `Broken` with its time, never data; the
-  consumer keeps what it has.
+- **Nothing but a complete list replaces.** `Listed` is delivered after the last page of a successful list, or when the
+  server has marked the end of it in a stream. Every other outcome (refused credentials, 5xx, HTML, truncated JSON,
+  silence, a stream that ends before that mark) is a `Broken` with its time, never data; the consumer keeps what it has.
+- **A stream that is no list costs one attempt.** Where a server does not know such a list, all lists of this reflector
+  are in pages from then on, the first of them at once. Where one was begun and came to nothing for another reason, or
+  the answer was an error of the server's own, the next attempt, in its time, is in pages: these may get through.
 - **A complete list is the truth**, also when its resourceVersion is lower than before: an etcd restored from a backup
   counts backwards. A watch that goes backwards gives that away too and is answered by a list; a watch from a version
   of the future would otherwise just be silent.
@@ -24,8 +28,8 @@ No object is kept here. The consumer holds the state anyway, and compares a `Lis
 shape is reported, and changes nothing: neither `Listed.errors` nor `Malformed` is a reason to drop the last good
 version of it.
 
-The layers, from the outside in: `run` is endless, `_session` is from one list to the next, `_watch` is one
-connection. (So in kopf.)
+The layers, from the outside in: `run` is endless, `_session` is from one list to the next, `_watch` and
+`_list_and_watch` are one connection each. (So in kopf.)
 """
 
 from __future__ import annotations
@@ -34,17 +38,26 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Generic, NoReturn, TypeVar
+from typing import Generic, NoReturn, TypeVar, cast
 
 from vcproxy.kube.backoff import Backoff
 from vcproxy.kube.budget import Budget
 from vcproxy.kube.client import Client
-from vcproxy.kube.decode import Added, Bad, HasKey, Key, Removed, Resource, WatchEvent, decode_event, oversized_event
-from vcproxy.kube.errors import ApiError, Gone, ShapeError, Throttled, Unreachable
-from vcproxy.kube.lines import Line, Oversized
+from vcproxy.kube.decode import Added, Bad, HasKey, Key, Page, Removed, Resource, WatchEvent, decode_line
+from vcproxy.kube.errors import (
+    ApiError,
+    BadResponse,
+    Gone,
+    ServerError,
+    ShapeError,
+    Throttled,
+    Unreachable,
+    Unserved,
+)
+from vcproxy.kube.lines import Line
 
 T = TypeVar("T", bound=HasKey)
 
@@ -134,6 +147,7 @@ class Surroundings:
 class Reflector(Generic[T]):
     """Follows one `resource` through one `client` and tells `sink` about it; `await run()` within a TaskGroup.
 
+    `page`: objects in a page of a list. `stream`: ask for lists as streams first.
     To read at any time: `synced` (a list has been delivered), `broken` (the current Broken or None), `last_contact`
     (monotonic seconds of the last complete list, event, bookmark or orderly end; None before the first),
     `last_contact_wall` (the same as seconds since the epoch), `lists` (how many lists were delivered) and
@@ -147,6 +161,7 @@ class Reflector(Generic[T]):
         sink: Sink[T],
         *,
         page: int = 500,
+        stream: bool = False,
         timing: Timing | None = None,
         surroundings: Surroundings | None = None,
     ) -> None:
@@ -160,6 +175,9 @@ class Reflector(Generic[T]):
         self._client = client
         self._sink = sink
         self._page = page
+        self._stream = stream
+        self._streaming = stream  # at the next attempt
+        self._listing = False  # a list is under way
         self._pause: asyncio.Timeout | None = None  # around the wait for the next attempt
         self._accepted: float | None = None  # when the server accepted the watch that goes on
         self._broken_at = 0.0  # monotonic beginning of `broken`
@@ -184,33 +202,34 @@ class Reflector(Generic[T]):
 
     async def _session(self) -> None:
         """From one list to the need for the next: while history allows, watches resume and nothing is listed again."""
-        if not await self._attempt(self._list):
+        if not await self._attempt(self._list_and_watch if self._streaming else self._list):
             return
         while await self._attempt(self._watch):
             pass
 
     async def _attempt(self, step: Callable[[], Awaitable[bool]]) -> bool:
-        """One list or one watch, and the wait that its end calls for. False: list next, true: watch next.
+        """One list or one watch or both, and the wait that its end calls for. False: list next, true: watch next.
 
         Failures end here, so that nothing below needs to care whose turn is next.
         """
-        listing, wish = step == self._list, None
+        wish = None
+        self._listing = step != self._watch
         self._accepted = None
         try:
             watchable = await step()
         except Gone as error:
-            # Not a failure: it is how an API server asks for a list. In the middle of paging: that paging was too slow.
+            # Not a failure: it is how an API server asks for a list. In the middle of a list it is one.
             watchable, wish = False, error.retry_after
-            if listing:
-                self._page = 0
+            if self._listing:
                 self._break(error)
         except ApiError as error:
             # A lost connection or a full queue leaves history as it was; any other answer to a watch puts it in doubt.
             resumable = isinstance(error, Unreachable | Throttled) and not isinstance(error, _Silence)
-            watchable, wish = resumable and not listing, error.retry_after
+            watchable, wish = resumable and not self._listing, error.retry_after
             self._break(error)
-        if listing and watchable:
-            return True
+        else:
+            if self._accepted is None:  # a list and no watch yet
+                return watchable
         if self._accepted is not None and self._around.monotonic() - self._accepted >= self._timing.healthy_after:
             self._backoff.reset()
             if self.broken is None:
@@ -235,42 +254,78 @@ class Reflector(Generic[T]):
         objects: list[T] = []
         errors: list[ShapeError] = []
         version = ""
-        async with aclosing(self._client.list_pages(self.resource, limit=self._page)) as pages:
-            async for page in pages:
-                objects.extend(page.objects)
-                errors.extend(page.errors)
-                version = page.resource_version
-                await asyncio.sleep(0)
+        try:
+            async with aclosing(self._client.list_pages(self.resource, limit=self._page)) as pages:
+                async for page in pages:
+                    objects.extend(page.objects)
+                    errors.extend(page.errors)
+                    version = page.resource_version
+                    await asyncio.sleep(0)
+        except Gone:  # that paging was too slow
+            self._page = 0
+            raise
+        self._deliver(Listed(tuple(objects), tuple(errors)), version)
+        return True
+
+    async def _list_and_watch(self) -> bool:
+        """One complete list and the watch that it goes on as; as `_list` where the server knows no such thing."""
+        steps = self._client.list_and_watch(self.resource, timeout_seconds=self._draw_seconds())
+        async with aclosing(steps):
+            try:
+                await self._listed(steps)
+            except Unserved:
+                self._stream = self._streaming = False
+            except (Gone, ServerError, BadResponse):
+                self._streaming = False  # it may be the question
+                raise
+            else:
+                return await self._follow(cast("AsyncGenerator[list[Line], None]", steps))
+        return await self._list()
+
+    async def _listed(self, steps: AsyncGenerator[list[Line] | Page[T], None]) -> None:
+        await anext(steps)
+        self._streaming = False  # should this one fail, now that it was accepted
+        async for step in steps:
+            if isinstance(step, Page):
+                self._deliver(Listed(step.objects, step.errors), step.resource_version)
+                return
+            await asyncio.sleep(0)
+
+    def _deliver(self, listed: Listed[T], version: str) -> None:
         self.resource_version = version
         self.synced = True
         self.lists += 1
-        self._sink(Listed(tuple(objects), tuple(errors)))
+        self._listing, self._streaming = False, self._stream
+        self._sink(listed)
         self._contact()
-        return True
 
     async def _watch(self) -> bool:
         """One watch from where the last one ended; true when it ended in good order, so that the next may resume."""
-        low, high = self._timing.watch_seconds
         lines = self._client.watch(
-            self.resource,
-            resource_version=self.resource_version,
-            timeout_seconds=round(self._around.uniform(low, high)),
+            self.resource, resource_version=self.resource_version, timeout_seconds=self._draw_seconds()
         )
-        around, timing = self._around, self._timing
         async with aclosing(lines):
             await anext(lines)
-            self._accepted = around.monotonic()
-            budget = Budget(timing.share, timing.saved, self._accepted)
-            self._mend()  # here and not after a list: who may list but not watch is not being followed
-            async for batch in self._spoken(lines):
-                began = around.spent()
-                for line in batch:
-                    self._take(line)
-                self._contact()
-                wait = budget.spend(around.spent() - began, around.monotonic())
-                await (around.sleep(wait) if wait else asyncio.sleep(0))
+            return await self._follow(lines)
+
+    async def _follow(self, lines: AsyncGenerator[list[Line], None]) -> bool:
+        """What an accepted watch says, to its end."""
+        around, timing = self._around, self._timing
+        self._accepted = around.monotonic()
+        budget = Budget(timing.share, timing.saved, self._accepted)
+        self._mend()  # here and not after a list: who may list but not watch is not being followed
+        async for batch in self._spoken(lines):
+            began = around.spent()
+            for line in batch:
+                self._take(line)
+            self._contact()
+            wait = budget.spend(around.spent() - began, around.monotonic())
+            await (around.sleep(wait) if wait else asyncio.sleep(0))
         self._contact()
         return True
+
+    def _draw_seconds(self) -> int:
+        return round(self._around.uniform(*self._timing.watch_seconds))
 
     async def _spoken(self, lines: AsyncIterator[list[Line]]) -> AsyncIterator[list[Line]]:
         """The batches of a watch, for as long as one comes every `inactivity` seconds. Raises _Silence.
@@ -295,11 +350,7 @@ class Reflector(Generic[T]):
     def _take(self, line: Line) -> None:
         """One line: tells the consumer, then moves on to its resourceVersion. Raises ApiError."""
         tenant, limit = self._client.tenant, self._client.limits.object_bytes
-        event: WatchEvent[T]
-        if isinstance(line, Oversized):
-            event = oversized_event(self.resource, line.head, line.size, tenant=tenant, limit=limit)
-        else:
-            event = decode_event(self.resource, line, tenant=tenant, object_bytes=limit)
+        event: WatchEvent[T] = decode_line(self.resource, line, tenant=tenant, object_bytes=limit)
         version = event.resource_version
         if _backwards(self.resource_version, version):
             raise Gone(

@@ -274,7 +274,9 @@ def test_watch_events(spaces: bool) -> None:
     assert event("MODIFIED", SERVICE) == added
     assert event("DELETED", SERVICE) == Removed(("demo", "web"), "u-1", "41")
     assert event("DELETED", {**SERVICE, "spec": 7}) == Removed(("demo", "web"), "u-1", "41"), "unreadable, but gone"
-    assert event("BOOKMARK", {"kind": "Service", "metadata": {"resourceVersion": "50"}}) == Bookmark("50")
+    assert event("BOOKMARK", {"kind": "Service", "metadata": {"resourceVersion": "50"}}) == Bookmark(
+        "50", "Service", False
+    )
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ async def following(
     *,
     limits: Limits = LIMITS,
     page: int = 500,
+    stream: bool = False,
     spent: Callable[[], float] = lambda: 0.0,
     **timing: Any,
 ) -> AsyncIterator[tuple[Reflector[Service], Sleeps]]:
@@ -79,6 +80,7 @@ async def following(
             SERVICES,
             recorder,
             page=page,
+            stream=stream,
             timing=Timing(**{"inactivity": 5.0, **timing}),
             surroundings=Surroundings(
                 sleep=sleeps, monotonic=lambda: sleeps.now, uniform=lambda low, high: high, spent=spent
