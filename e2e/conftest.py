@@ -119,10 +119,19 @@ def control_plane(control_plane_binaries: Path, tmp_path: Path) -> Iterator[Plan
     with ExitStack() as stack:
 
         def start(
-            name: str, *, service_cidrs: tuple[str, ...] = TENANT_SERVICE_CIDRS, address: str = "127.0.0.1"
+            name: str,
+            *,
+            service_cidrs: tuple[str, ...] = TENANT_SERVICE_CIDRS,
+            address: str = "127.0.0.1",
+            apiserver_flags: tuple[str, ...] = (),
         ) -> ControlPlane:
             plane = ControlPlane(
-                name, tmp_path / name, service_cidrs=service_cidrs, address=address, bin_dir=control_plane_binaries
+                name,
+                tmp_path / name,
+                service_cidrs=service_cidrs,
+                address=address,
+                apiserver_flags=apiserver_flags,
+                bin_dir=control_plane_binaries,
             )
             stack.callback(plane.close)
             plane.start()

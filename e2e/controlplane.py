@@ -116,6 +116,7 @@ class ControlPlane:
     service_cidrs: one or two ranges, the first one's family is the default.
     address: IPv4 address of this machine that the API server listens on. Loopback, unless a peer in a network namespace
     must reach it: then this end of the veth that leads there.
+    apiserver_flags: of kube-apiserver, besides those that every plane has.
     bin_dir: where the programs are; default: what e2e/tools/build has built.
 
     Address, certificates and kubeconfig stay the same over stop, kill, wipe_etcd and start, as they do for a plane
@@ -129,6 +130,7 @@ class ControlPlane:
         *,
         service_cidrs: tuple[str, ...] = TENANT_SERVICE_CIDRS,
         address: str = "127.0.0.1",
+        apiserver_flags: tuple[str, ...] = (),
         bin_dir: Path | None = None,
     ) -> None:
         self.name = name
@@ -140,13 +142,14 @@ class ControlPlane:
         self._etcd_port, self._peer_port, self._api_port = (port.number for port in self._ports)
         self._address = address
         self.url = f"https://{address}:{self._api_port}"
+        self.etcd_url = f"http://127.0.0.1:{self._etcd_port}"
         directory.mkdir(parents=True, exist_ok=True)
         self.kubeconfig = directory / "admin.kubeconfig"
         """An administrator's credentials (group system:masters), everything inline."""
         self.write_kubeconfig(self.kubeconfig, user="admin", groups=("system:masters",))
         self._write_keys()
         self._etcd = self._process("etcd", *self._etcd_flags())
-        self._apiserver = self._process("kube-apiserver", *self._apiserver_flags())
+        self._apiserver = self._process("kube-apiserver", *self._apiserver_flags(), *apiserver_flags)
         self._controller_manager = self._process("kube-controller-manager", *self._controller_manager_flags())
         self._wants_controller_manager = False
 
@@ -316,7 +319,7 @@ class ControlPlane:
             file.write_bytes(content)
 
     def _etcd_flags(self) -> tuple[str, ...]:
-        client, peer = f"http://127.0.0.1:{self._etcd_port}", f"http://127.0.0.1:{self._peer_port}"
+        client, peer = self.etcd_url, f"http://127.0.0.1:{self._peer_port}"
         return (
             f"--data-dir={self._data_dir}",
             f"--listen-client-urls={client}",
@@ -332,7 +335,7 @@ class ControlPlane:
     def _apiserver_flags(self) -> tuple[str, ...]:
         enabled = ",".join(f"{group}=true" for group in API_GROUPS)
         return (
-            f"--etcd-servers=http://127.0.0.1:{self._etcd_port}",
+            f"--etcd-servers={self.etcd_url}",
             f"--bind-address={self._address}",
             f"--secure-port={self._api_port}",
             f"--advertise-address={ADVERTISED}",
