@@ -263,6 +263,13 @@ class Tenants(Section, frozen=True):
     silence_seconds: Annotated[
         float, Meta(description="a watch that says nothing for so long is given up; API servers speak once a minute")
     ] = 150.0
+    watch_list: Annotated[
+        bool,
+        Meta(
+            description="list as the beginning of a watch (WatchList, Kubernetes 1.34) where an API server has that;\n"
+            "false: in pages, which cost both sides less"
+        ),
+    ] = False
     linger_seconds: Annotated[
         float, Meta(description="how long a node keeps a tenant after the last of its pods there")
     ] = 120.0

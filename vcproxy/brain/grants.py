@@ -45,13 +45,14 @@ class Identity(Protocol):
 class Grant(msgspec.Struct, frozen=True):
     """What a tenant may ask for, and what reading it may cost.
 
-    `events`: tell it of refusals.
+    `stream`: list as the beginning of a watch. `events`: tell it of refusals.
     """
 
     policy: guard.Policy
     events_per_second: int = 0
     client: ClientLimits = ClientLimits()
     timing: Timing = Timing()
+    stream: bool = False
     events: bool = False
 
 
@@ -63,6 +64,7 @@ class Grants:
         self._overrides = configured.overrides
         self._vouches = vouches
         self._timing = Timing(inactivity=configured.silence_seconds)
+        self._stream = configured.watch_list
         self._policies: dict[str, config.Override] = {}
         said = [("tenants.policy", configured.policy)]
         said += [(f"tenants.overrides[{at}].policy", each.policy) for at, each in enumerate(configured.overrides)]
@@ -117,6 +119,7 @@ class Grants:
             events_per_second=limits.events_per_second,
             client=ClientLimits(object_bytes=limits.object_bytes),
             timing=self._timing,
+            stream=self._stream,
             events=policy.events,
         )
 

@@ -26,6 +26,7 @@ from vcproxy.kube.reflector import Event, Reflector, Timing
 from vcproxy.ops.stopping import heeded
 
 T = TypeVar("T", bound=HasKey)
+S = TypeVar("S")
 
 TENANT_KINDS: tuple[Resource[Any], ...] = (SERVICES, ENDPOINT_SLICES, SERVICE_CIDRS)
 
@@ -78,6 +79,26 @@ class RotatingClient:
                 turn.renew()
                 yield page
 
+    async def list_and_watch(
+        self, resource: Resource[T], *, timeout_seconds: int
+    ) -> AsyncGenerator[list[Line] | Page[T], None]:
+        """As Client.list_and_watch, with a turn until the list is there. A rotation before that is a new try, later an
+        end in good order.
+        """
+        while True:
+            client, step = self._client, None
+            async with aclosing(client.list_and_watch(resource, timeout_seconds=timeout_seconds)) as steps:
+                async with self._turn as turn:
+                    while not isinstance(step, Page) and (step := await self._next(client, steps)) is not None:
+                        turn.renew()
+                        yield step
+                if step is None:
+                    continue
+                del step  # the list: the watch may go on for minutes
+                while (lines := await self._next(client, steps)) is not None:
+                    yield lines
+                return
+
     async def watch(
         self, resource: Resource[T], *, resource_version: str, timeout_seconds: int
     ) -> AsyncGenerator[list[Line], None]:
@@ -93,8 +114,8 @@ class RotatingClient:
             if started or client is self._client:
                 return
 
-    async def _next(self, client: Client, lines: AsyncGenerator[list[Line], None]) -> list[Line] | None:
-        """The next batch; None at an end in good order, which a rotation is. Raises ApiError.
+    async def _next(self, client: Client, lines: AsyncGenerator[S, None]) -> S | None:
+        """The next step, as a batch of lines; None at an end in good order, which a rotation is. Raises ApiError.
 
         A batch that arrives in the very moment of a rotation is dropped; it comes again where the watch resumes.
         """
@@ -120,7 +141,8 @@ class ApiInput:
 
     `resources`: what to follow. A ServiceCIDR that the server does not serve (before 1.33) is asked for ever more
     rarely, and concerns nobody else. `timing`: of each reflector. `connect`: makes the client for some credentials.
-    `turns`: of all API servers that are listed a few at a time, None: this one waits for nobody.
+    `turns`: of all API servers that are listed a few at a time, None: this one waits for nobody. `stream`: as of a
+    Reflector.
     """
 
     def __init__(
@@ -133,7 +155,9 @@ class ApiInput:
         timing: Timing | None = None,
         connect: Callable[..., Client] = Client,
         turns: Turns | None = None,
+        stream: bool = False,
     ) -> None:
+        self._stream = stream
         self._credentials = credentials
         self._resources = resources
         self._timing = timing
@@ -209,8 +233,8 @@ class ApiInput:
         def take(event: Event[Any]) -> None:
             sink(kind, event)
 
-        # RotatingClient has the two methods that a Reflector calls, and is a Client in that.
-        return Reflector(cast("Client", self._client), resource, take, timing=self._timing)
+        # RotatingClient has the methods that a Reflector calls, and is a Client in that.
+        return Reflector(cast("Client", self._client), resource, take, stream=self._stream, timing=self._timing)
 
 
 class _Moved(Exception):

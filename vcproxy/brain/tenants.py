@@ -249,6 +249,7 @@ class Tenants:
             timing=grant.timing,
             connect=partial(self._servers.connect, restricted=found.restricted),
             turns=self._turns,
+            stream=grant.stream,
         )
 
     def _start(self, found: TenantFound, held: _Held, source: Input, group: asyncio.TaskGroup) -> None:

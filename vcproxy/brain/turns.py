@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from vcproxy.brain.admission import Admission, Ticket
+from vcproxy.kube.errors import Unserved
 
 SLOTS = 16
 """Enough that the loop is busy while answers travel."""
@@ -60,7 +61,8 @@ class Turn:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ill = isinstance(error, Exception) or not self._held
+        failed = isinstance(error, Exception) and not isinstance(error, Unserved)  # that one is asked in another way
+        self._ill = failed or not self._held
         self._leave()
 
     def renew(self) -> None:

@@ -21,7 +21,7 @@ from tests.unit.brain.test_feed import publish
 from tests.unit.brain.test_manifests import SERVICE, SLICE
 from tests.unit.kube.test_lifetime import token
 from vcproxy.brain.config import BrainConfiguration, DirectorySource, Listen, SuperCluster, Tenants, TenantSource
-from vcproxy.brain.inputs import ApiInput
+from vcproxy.brain.inputs import TENANT_KINDS, ApiInput
 from vcproxy.brain.service import Brain
 from vcproxy.model.addresses import parse_address
 from vcproxy.node.config import BrainAddress
@@ -80,8 +80,8 @@ def configured(directory: Path, super_cluster: SuperCluster | None, **more: Any)
 
 
 @contextlib.asynccontextmanager
-async def running(directory: Path, super_cluster: SuperCluster | None = None) -> AsyncIterator[Running]:
-    found, stop = Running(directory, configured(directory, super_cluster)), asyncio.Event()
+async def running(directory: Path, super_cluster: SuperCluster | None = None, **tenants: Any) -> AsyncIterator[Running]:
+    found, stop = Running(directory, configured(directory, super_cluster, **tenants)), asyncio.Event()
     async with asyncio.TaskGroup() as group:
         group.create_task(found.brain.run(stop))
         try:
@@ -246,6 +246,19 @@ async def test_a_tenant_whose_access_is_bad_exists(tmp_path: Path) -> None:
             publish(api, "web")
             await until(lambda: {key.service for key in found.row("dir-acme").model.ports} == {"late", "web"})
             assert found.row("dir-acme").stale_since is None
+
+
+@pytest.mark.parametrize("watch_list", [False, True])
+async def test_lists_are_streams_where_configured(tmp_path: Path, watch_list: bool) -> None:
+    (tmp_path / "tenants").mkdir()
+    async with FakeApiServer() as api:
+        write(tmp_path / "tenants" / "acme.kubeconfig", api.kubeconfig().decode())
+        async with running(tmp_path, watch_list=watch_list) as found:
+            await until(lambda: found.synced("dir-acme"))
+        streams = {path for _, path, query in api.requests if "sendInitialEvents" in query}
+        lists = {path for verb, path, _ in api.requests if verb == "list"}
+    both = {resource.path for resource in TENANT_KINDS}
+    assert (streams, lists) == ((both, set()) if watch_list else (set(), both))
 
 
 async def test_a_tenant_whose_access_turned_bad_has_what_it_had_before_the_restart(

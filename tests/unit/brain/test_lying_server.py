@@ -1,14 +1,15 @@
 """A tenant's API server that lies in every way one can think of: nothing breaks, nothing grows, and the truth is found.
 
-The lies are drawn by hypothesis: answers that are none, lists without an end, slow drips, redirects, TLS that is none, and
-watch events made of real objects in which any field may be anything, whose order and resourceVersions make no sense. The
-server then stops lying and says 410, as a server does whose history is another's: what the brain holds must be, port for
-port, what the API has.
+The lies are drawn by hypothesis: answers that are none, lists without an end, be it in pages or streams, slow drips,
+redirects, TLS that is none, and watch events made of real objects in which any field may be anything, whose order and
+resourceVersions make no sense. The server then stops lying and says 410, as a server does whose history is another's:
+what the brain holds must be, port for port, what the API has.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import gc
 import json
@@ -38,7 +39,13 @@ from vcproxy.model.tenant import Tenant, TenantModel
 UID = "acme"
 POLICY = Policy(virtual_ip_ranges=(parse_prefix("10.32.0.0/16"),), deny_nodes=False, deny_other_pods=False)
 CLIENT = ClientLimits(
-    object_bytes=20_000, page_bytes=100_000, list_bytes=300_000, list_objects=2_000, request_seconds=0.2, list_seconds=2
+    object_bytes=20_000,
+    page_bytes=100_000,
+    list_bytes=300_000,
+    list_objects=2_000,
+    request_seconds=0.2,
+    stalled_seconds=0.1,
+    list_seconds=2,
 )
 TIMING = Timing(inactivity=0.5, backoff_base=0.005, backoff_cap=0.02, healthy_after=0.0, share=1.0, saved=10.0)
 KINDS = ("Service", "EndpointSlice", "ServiceCIDR")
@@ -91,7 +98,35 @@ def endless() -> apiserver.Answer:
     return answer
 
 
+def endless_stream() -> apiserver.Answer:
+    """A watch that begins with more objects than anybody takes for a list; as a watch it must end some time, or there
+    would be no end of lying.
+    """
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            for number in range(5_000):
+                metadata = {"name": f"e{number}", "namespace": "default"}
+                await response.write(apiserver.event("ADDED", {"metadata": metadata, "spec": {}}))
+                await asyncio.sleep(0)
+        return response
+
+    return answer
+
+
+ENDS = {kind: apiserver.end_of_list(kind, 7) for kind in KINDS}
+LIE = apiserver.event("ADDED", {"metadata": {"name": "lie", "namespace": "default"}, "spec": {}, "endpoints": []})
 ANSWERS: dict[str, apiserver.Answer] = {
+    "422": apiserver.fail(422),
+    "stream without an end": apiserver.stream(LIE, then="hang"),
+    "stream that ends early": apiserver.stream(LIE),
+    "stream that is cut": apiserver.stream(LIE, LIE[:30], then="cut"),
+    "stream with another mark": apiserver.stream(LIE, ENDS["Service"].replace(b"-end", b"-END"), then="hang"),
+    "stream of another kind": apiserver.stream(LIE, ENDS["ServiceCIDR"], then="hang"),
+    "stream of a lie": apiserver.stream(LIE, *ENDS.values(), LIE, then="hang"),
+    "endless stream": endless_stream(),
     "401": apiserver.fail(401),
     "403": apiserver.fail(403),
     "429": apiserver.fail(429, Retry_After="0"),
@@ -142,6 +177,8 @@ MOVES = st.one_of(
     st.tuples(st.just("put"), NUMBERS),
     st.tuples(st.just("delete"), NUMBERS),
     st.tuples(st.just("end"), st.sampled_from(KINDS)),
+    st.tuples(st.just("end of list"), st.sampled_from(KINDS), st.text("0123456789", max_size=3)),
+    st.tuples(st.just("watch list"), st.sampled_from(["served", "refused", "ignored"])),
     st.tuples(st.just("compact")),
     st.tuples(st.just("wipe")),
     st.tuples(st.just("no tls")),
@@ -171,10 +208,12 @@ def mutated(found: dict[str, Any], at: int, value: Any, version: str) -> dict[st
 class Liar:
     """The server, and what is held of it."""
 
-    def __init__(self, api: FakeApiServer, group: asyncio.TaskGroup) -> None:
+    def __init__(self, api: FakeApiServer, group: asyncio.TaskGroup, *, stream: bool) -> None:
         self.api = api
         self.store = Store()
-        source = ApiInput(api.credentials, tenant=UID, resources=TENANT_KINDS, limits=CLIENT, timing=TIMING)
+        source = ApiInput(
+            api.credentials, tenant=UID, resources=TENANT_KINDS, limits=CLIENT, timing=TIMING, stream=stream
+        )
         self.announcer = Announcer(source.request, tenant=UID, instance="b", sleep=lambda _: asyncio.sleep(0))
         policy = msgspec.structs.replace(POLICY, limits=Limits(services=500, endpoints=5_000))
         self.feed = Feed(
@@ -207,6 +246,10 @@ class Liar:
                         api.delete(kind, "default", name)
             case ("end", kind):
                 api.end_watches(kind)
+            case ("end of list", kind, version):
+                api.send(kind, apiserver.end_of_list(kind, version))
+            case ("watch list", how):
+                api.watch_list = how
             case ("compact",):
                 api.compact()
             case ("wipe",):
@@ -262,14 +305,14 @@ class Liar:
         return TenantModel(port for found in services for port in compile_service(found, slices, POLICY).ports)
 
 
-async def play(moves: list[tuple[Any, ...]]) -> None:
+async def play(moves: list[tuple[Any, ...]], *, stream: bool) -> None:
     """One server's life."""
     before = len(asyncio.all_tasks())
     async with FakeApiServer() as api, asyncio.TaskGroup() as group:
         for number in range(3):
             api.put("Service", a_service(number))
             api.put("EndpointSlice", a_slice(number))
-        liar = Liar(api, group)
+        liar = Liar(api, group, stream=stream)
         await until(lambda: liar.store.tenants()[UID].synced)
         for move in moves:
             await liar.move(move)
@@ -287,20 +330,21 @@ async def play(moves: list[tuple[Any, ...]]) -> None:
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-@given(st.lists(MOVES, min_size=3, max_size=25))
-def test_after_any_lies_the_truth_is_found_and_nothing_is_left(moves: list[tuple[Any, ...]]) -> None:
-    asyncio.run(play(moves))
+@given(st.lists(MOVES, min_size=3, max_size=25), st.booleans())
+def test_after_any_lies_the_truth_is_found_and_nothing_is_left(moves: list[tuple[Any, ...]], stream: bool) -> None:
+    asyncio.run(play(moves, stream=stream))
 
 
-def test_what_is_held_does_not_grow_with_the_lies() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_held_does_not_grow_with_the_lies(stream: bool) -> None:
     """The same life twice, and ten times: objects that are alive afterwards are those that were before."""
-    life = [("answer", "", name) for name in ("endless", "drips", "cuts")]
+    life = [("answer", "", name) for name in ("endless", "drips", "cuts", "endless stream", "stream without an end")]
     life += [("mutant", kind, n, "ADDED", n, "x" * 99, str(n)) for kind in KINDS[:2] for n in range(6)]
     life += [("giant", "Service"), ("unknown", "Service", 1), ("end", "Service"), ("wipe",), ("no tls",)]
-    asyncio.run(play(life))
+    asyncio.run(play(life, stream=stream))
     gc.collect()
     before = len(gc.get_objects())
     for _ in range(5):
-        asyncio.run(play(life))
+        asyncio.run(play(life, stream=stream))
     gc.collect()
     assert len(gc.get_objects()) - before < 5_000

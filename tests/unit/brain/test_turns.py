@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.apiserver import FakeApiServer, Fault, hang
+from tests.fakes.apiserver import Answer, FakeApiServer, Fault, drip, event, hang, stream
 from tests.unit.brain.polling import settle, until
 from vcproxy.brain.inputs import TENANT_KINDS, ApiInput
 from vcproxy.brain.turns import Turn, Turns
@@ -145,24 +145,65 @@ async def test_who_gives_up_waiting_leaves_the_line(start: Start) -> None:
     assert last.began and not gone.began
 
 
-async def test_an_api_server_that_hangs_delays_another_by_no_more_than_a_lease() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("answer", [hang(), stream(then="hang")], ids=["no answer", "no more"])
+async def test_an_api_server_that_hangs_delays_another_by_no_more_than_a_lease(answer: Answer, stream: bool) -> None:
     turns = Turns(slots=1, lease=0.05)
-    listed: set[str] = set()
     async with FakeApiServer() as hung, FakeApiServer() as well, asyncio.TaskGroup() as group:
-        hung.faults.append(Fault(hang()))
-        tasks = []
-        for name, api in (("hung", hung), ("well", well)):
-            source = ApiInput(
-                load_kubeconfig(api.kubeconfig()), tenant=name, resources=TENANT_KINDS, limits=Limits(), turns=turns
-            )
+        hung.faults.append(Fault(answer))
+        async with following(group, turns, hung, stream) as hung_listed:
+            await until(lambda: hung.requests)
+            async with following(group, turns, well, stream) as listed:
+                await until(lambda: listed)
+                assert not hung_listed
 
-            def take(kind: str, event: Any, name: str = name) -> None:
-                if isinstance(event, Listed):
-                    listed.add(name)
 
-            tasks.append(group.create_task(source.run(take)))
-            await until(lambda api=api: api.requests or listed)
-        await until(lambda: "well" in listed)
-        assert "hung" not in listed
-        for task in tasks:
-            task.cancel()
+@pytest.mark.parametrize("endless", [False, True])
+async def test_a_stream_holds_its_turn_until_its_list_has_ended(endless: bool) -> None:
+    """And no longer; who speaks without end holds it as with pages, for as long as a list may take."""
+    turns = Turns(slots=1, lease=3600)
+    limits = Limits(list_seconds=0.6)
+    drips = drip(event("ADDED", {"metadata": {"name": "x"}}), every=0.05)
+    async with FakeApiServer() as first, FakeApiServer() as second, asyncio.TaskGroup() as group:
+        if endless:
+            first.faults.append(Fault(drips, times=len(TENANT_KINDS)))
+        async with following(group, turns, first, True, limits=limits) as held:
+            await until(lambda: len(first.requests) == len(TENANT_KINDS))
+            began = asyncio.get_running_loop().time()
+            async with following(group, turns, second, True) as listed:
+                await until(lambda: listed)
+                waited = asyncio.get_running_loop().time() - began
+                assert held
+    assert waited > 0.4 or not endless
+
+
+async def test_who_has_no_stream_is_not_ill() -> None:
+    turns = Turns(slots=1, ill=1, lease=3600)
+    async with FakeApiServer() as api, asyncio.TaskGroup() as group:
+        api.watch_list = "refused"
+        blocker = Turn(turns)
+        blocker._ill = True
+        async with blocker, following(group, turns, api, True) as listed:  # nobody ill has a turn meanwhile
+            await until(lambda: len(listed) == len(TENANT_KINDS))
+
+
+@contextlib.asynccontextmanager
+async def following(
+    group: asyncio.TaskGroup, turns: Turns, api: FakeApiServer, stream: bool, *, limits: Limits | None = None
+) -> AsyncIterator[set[str]]:
+    """An input meanwhile; the kinds that it has listed."""
+    listed: set[str] = set()
+    credentials = load_kubeconfig(api.kubeconfig())
+    source = ApiInput(
+        credentials, tenant="t", resources=TENANT_KINDS, limits=limits or Limits(), turns=turns, stream=stream
+    )
+
+    def take(kind: str, event: Any) -> None:
+        if isinstance(event, Listed):
+            listed.add(kind)
+
+    task = group.create_task(source.run(take))
+    try:
+        yield listed
+    finally:
+        task.cancel()
