@@ -6,11 +6,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import brain, churn, datapath, end_to_end, pipeline
+from benchmarks import brain, churn, datapath, end_to_end, lists, pipeline
 
 ALL = {
     "pipeline": pipeline.report,
     "brain": brain.report,
+    "lists": lists.report,
     "end-to-end": end_to_end.report,
     "churn": churn.report,
     "datapath": datapath.report,

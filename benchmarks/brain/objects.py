@@ -87,6 +87,23 @@ def whereabouts(path: str, tenants: int) -> bytes:
     return _list("v1", "Unknown", [])
 
 
+def stored_service(number: int) -> dict[str, Any]:
+    """A Service as it is in etcd. Headless, for an API server sets about to repair addresses that it did not give."""
+    found = _stored("v1", "Service", _service(number))
+    return {**found, "spec": {**found["spec"], "clusterIP": "None", "clusterIPs": ["None"]}}
+
+
+def stored_slice(number: int) -> dict[str, Any]:
+    """An EndpointSlice of ten endpoints as it is in etcd."""
+    addresses = [_address(number >> 8, number & 0xFF | at << 8).decode() for at in range(10)]
+    return _stored("discovery.k8s.io/v1", "EndpointSlice", _slice(number, addresses, "2026-01-01T00:00:00Z", ""))
+
+
+def _stored(version: str, kind: str, found: dict[str, Any]) -> dict[str, Any]:
+    metadata = {name: value for name, value in found["metadata"].items() if name != "resourceVersion"}
+    return {**found, "apiVersion": version, "kind": kind, "metadata": metadata}
+
+
 def tenant_name(tenant: int) -> str:
     """A tenant's name; its uid is dir-NAME."""
     return f"t{tenant:05}"

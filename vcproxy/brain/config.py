@@ -267,7 +267,7 @@ class Tenants(Section, frozen=True):
         bool,
         Meta(
             description="list as the beginning of a watch (WatchList, Kubernetes 1.34) where an API server has that;\n"
-            "false: in pages, which cost both sides less"
+            "false: in pages, which take less processor time"
         ),
     ] = False
     linger_seconds: Annotated[
