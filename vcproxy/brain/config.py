@@ -150,7 +150,7 @@ class Limits(Section, frozen=True):
     endpoints: Count = 100_000
     endpoints_per_service: Count = 5_000
     object_bytes: Annotated[int, Meta(ge=1024, description="largest object read from a tenant's API server")] = 1 << 20
-    events_per_second: Annotated[int, Meta(ge=0, description="changes compiled on average; 0: any number")] = 500
+    events_per_second: Annotated[int, Meta(ge=0, description="changes compiled on average; 0: any number")] = 200
 
 
 class TenantPolicy(Section, frozen=True):

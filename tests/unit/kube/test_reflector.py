@@ -28,6 +28,7 @@ from vcproxy.kube.errors import (
     Unreachable,
 )
 from vcproxy.kube.reflector import (
+    RECEIVING,
     Broken,
     Deleted,
     Listed,
@@ -120,7 +121,18 @@ async def test_beyond_its_share_of_the_processor_a_tenant_is_not_read(api: FakeA
             api.put("Service", service(f"s{number}"))
             await recorder.until(lambda number=number: len(recorder.of(Upserted)) == number + 1)
     # Two batches were saved up; from then on each is waited for, and read all the same.
-    assert sleeps.seconds == [0.5, 0.5]
+    assert sleeps.seconds == pytest.approx([0.0, 0.5, 0.5], abs=0.001)
+
+
+async def test_receiving_counts_by_octets(api: FakeApiServer, recorder: Recorder) -> None:
+    async with following(api, recorder, spent=lambda: 0.0, share=1e-6, saved=1e-9) as (_, sleeps):
+        await api.watching("Service")
+        for number, size in enumerate((1_000, 10_000, 1)):
+            api.put("Service", service("web", note="x" * size))
+            await recorder.until(lambda number=number: len(recorder.of(Upserted)) == number + 1)
+    small, large, *_ = sleeps.seconds
+    assert 1_000 * RECEIVING < small * 1e-6 < 2_000 * RECEIVING
+    assert 10_000 * RECEIVING < large * 1e-6 < 11_000 * RECEIVING
 
 
 async def test_changes_arrive_in_order(api: FakeApiServer, recorder: Recorder) -> None:
