@@ -171,6 +171,14 @@ class Cluster:
         process.kill()
         process.wait()
 
+    def freeze(self, name: str) -> None:
+        """SIGSTOP the brain ("brain") or a node's agent: its connections stand, and it says nothing."""
+        self._processes[name].send_signal(signal.SIGSTOP)
+
+    def thaw(self, name: str) -> None:
+        """SIGCONT what was frozen."""
+        self._processes[name].send_signal(signal.SIGCONT)
+
     def stop(self) -> None:
         """SIGTERM everything and wait."""
         for process in self._processes.values():
