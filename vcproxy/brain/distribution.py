@@ -28,16 +28,13 @@ from vcproxy.brain.identity import AuthContext, NotANode, node_of_peer
 from vcproxy.brain.progress import NodeStatus
 from vcproxy.brain.store import Store
 from vcproxy.brain.stream import Greeting, Placement, Stream
-from vcproxy.model.mark import Mark
+from vcproxy.model.mark import Mark, plausible
 from vcproxy.ops import logs, metrics
 from vcproxy.pb import convert, distribution_pb2
 from vcproxy.pb.convert import MalformedModel
 
 SERVICE = "vcproxy.v1.Distribution"
 VERSION = importlib.metadata.version("vcproxy")
-
-EPOCH_AHEAD_SECONDS = 86_400.0
-"""An epoch of a later time than this from now is no time that a brain noticed: a node may not use them all up."""
 
 _log = logs.get("distribution")
 
@@ -281,7 +278,7 @@ def parse_hello(raw: bytes, node: str) -> Greeting:
         )
     known: dict[str, bytes] = {}
     marks: dict[str, Mark] = {}
-    latest = int((time.time() + EPOCH_AHEAD_SECONDS) * 1000)
+    unheard: dict[str, frozenset[str]] = {}
     try:
         for held in hello.known:
             uid = convert.decode_uid(held.tenant)
@@ -289,10 +286,11 @@ def parse_hello(raw: bytes, node: str) -> Greeting:
                 raise MalformedModel(uid, None, "Hello names the tenant twice")
             known[uid] = convert.decode_digest(uid, held.digest)
             mark = convert.decode_mark(uid, held.mark)
-            marks[uid] = {kind: position for kind, position in mark.items() if position.epoch <= latest}
+            marks[uid] = plausible(mark, time.time())  # a node may not use up all epochs
+            unheard[uid] = frozenset(mark.keys() - marks[uid].keys())
     except MalformedModel as error:
         raise Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
-    return Greeting(node, hello.agent[:256], known, marks)
+    return Greeting(node, hello.agent[:256], known, marks, unheard)
 
 
 def _parse(raw: bytes) -> distribution_pb2.NodeMessage:

@@ -29,7 +29,7 @@ from vcproxy.brain.restriction import restrict
 from vcproxy.brain.screen import Rights
 from vcproxy.brain.store import Remembered, Store
 from vcproxy.model.addresses import NEVER
-from vcproxy.model.mark import Position
+from vcproxy.model.mark import Position, plausible
 from vcproxy.model.tenant import Tenant, TenantModel
 from vcproxy.ops import logs, statedir
 from vcproxy.ops.sealed import UID, UnusableState, seal, unseal
@@ -170,7 +170,8 @@ class Memory:
             raise UnusableState(f"it does not decode: {error}") from error
         if model.digest != header.digest:
             raise UnusableState("its content does not have the digest it claims: another version wrote it")
-        return Remembered(header.tenant, model, header.mark, header.read_at, partial(self._admit, uid, header.policy))
+        mark = plausible(header.mark, time.time())
+        return Remembered(header.tenant, model, mark, header.read_at, partial(self._admit, uid, header.policy))
 
     def _admit(self, uid: str, compiled_by: bytes, model: TenantModel) -> TenantModel | None:
         policy = self._policy_of(uid)

@@ -61,22 +61,34 @@ class Message(NamedTuple):
 
 
 class Greeting(NamedTuple):
-    """A Hello, checked: `known` is what the node holds, tenant uid -> digest, and `marks` how new that is."""
+    """A Hello, checked: `known` is what the node holds, tenant uid -> digest, and `marks` how new that is.
+
+    `unheard`: kinds of which it said what cannot be believed.
+    """
 
     node: str
     agent: str
     known: Mapping[str, bytes]
     marks: Mapping[str, Mark] = {}
+    unheard: Mapping[str, frozenset[str]] = {}
 
 
 class _Tenant:
     """What the node was told of one tenant.
 
-    `floor`: how new that was what it came with; nothing once it has newer content from this stream.
+    `floor`: how new that was what it came with; nothing once it has newer content from this stream. `unheard`: kinds of
+    which that cannot be known.
     """
 
-    def __init__(self, digest: bytes | None, clock: Callable[[], float], floor: Mark = UNMARKED) -> None:
+    def __init__(
+        self,
+        digest: bytes | None,
+        clock: Callable[[], float],
+        floor: Mark = UNMARKED,
+        unheard: frozenset[str] = frozenset(),
+    ) -> None:
         self.floor = floor
+        self.unheard = unheard
         self.shown: Mark = UNMARKED  # with the facts
         self.behind = ""
         self.facts: Tenant | None = None
@@ -123,8 +135,11 @@ class Stream:
         self._admission = admission
         self._wake = wake
         self._clock = clock
-        marks = greeting.marks
-        self._told = {uid: _Tenant(held, clock, marks.get(uid, UNMARKED)) for uid, held in greeting.known.items()}
+        marks, unheard = greeting.marks, greeting.unheard
+        self._told = {
+            uid: _Tenant(held, clock, marks.get(uid, UNMARKED), unheard.get(uid, frozenset()))
+            for uid, held in greeting.known.items()
+        }
         self._dirty = dict.fromkeys(self._told)
         self._version = version
         self._welcomed = False
@@ -210,7 +225,9 @@ class Stream:
 
     @staticmethod
     def _introduce(told: _Tenant, stored: Stored) -> Message:
-        told.facts, told.shown = stored.tenant, stored.mark
+        # A node compares only what both sides speak of: of an epoch that is not believed here it must not insist.
+        told.facts = stored.tenant
+        told.shown = {kind: position for kind, position in stored.mark.items() if kind not in told.unheard}
         return Message("added", encoding.encode_added(stored.tenant, told.shown))
 
     def _content(self, told: _Tenant, stored: Stored) -> Message | None:

@@ -15,6 +15,9 @@ from collections.abc import Mapping
 import msgspec
 
 LARGEST = 2**64 - 1
+EPOCH_AHEAD_SECONDS = 86_400.0
+"""An epoch of a later time than this from now is no time at which anybody noticed anything: whoever says so lies, or
+had a clock that was wrong."""
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -46,6 +49,12 @@ def lacking(mark: Mark, floor: Mark) -> Mark:
         for kind, wanted in floor.items()
         if (held := mark.get(kind)) is not None and (held.epoch, held.seen) < (wanted.epoch, wanted.changed)
     }
+
+
+def plausible(mark: Mark, now: float) -> Mark:
+    """The positions whose epochs can be believed at that time (Unix seconds)."""
+    latest = (now + EPOCH_AHEAD_SECONDS) * 1000
+    return {kind: position for kind, position in mark.items() if position.epoch <= latest}
 
 
 def raised(floor: Mark, mark: Mark) -> Mark:

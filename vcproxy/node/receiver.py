@@ -240,6 +240,13 @@ class Receiver:
             kind, wanted = next(iter(missing.items()))
             raise ModelMismatch(f"it may be older than what is held, which is of {kind}s up to {wanted.changed}")
 
+    def _comparable(self, held: Held) -> Mark:
+        """How new that is what is held, in the kinds that the brain speaks of: of what it took in place of the others
+        nobody knows whether it is newer, so their marks are not its marks.
+        """
+        said = self._brain_at.get(held.tenant.uid, UNMARKED)
+        return {kind: position for kind, position in held.mark.items() if kind in said}
+
     def _removed(self, uid: str) -> None:
         self._settled(uid)
         self._failures.pop(uid, None)
@@ -286,7 +293,8 @@ class Receiver:
         del self._arriving[uid]
         if arriving.model.digest != message.digest:
             raise ModelMismatch(f"the snapshot of revision {message.revision} has another digest than announced")
-        before, held.model, held.mark = held.model.ports, arriving.model, raised(held.mark, arriving.mark)
+        before, held.model = held.model.ports, arriving.model
+        held.mark = raised(self._comparable(held), arriving.mark)
         metrics.RECEIVED.labels("snapshot").inc()
         self._accepted(held, message.revision, message.digest, arriving.spent)
         counted = extent({**dict.fromkeys(held.model.ports), **before}, held.model) if uid == SUPER_UID else None
@@ -300,7 +308,7 @@ class Receiver:
         operations = [convert.decode_operation(uid, operation) for operation in message.operations]
         mark = convert.decode_mark(uid, message.mark)
         before = apply(uid, held.model, operations, digest=message.digest)
-        held.mark = raised(held.mark, mark)
+        held.mark = raised(self._comparable(held), mark)
         metrics.RECEIVED.labels("delta").inc()
         self._accepted(held, message.to, message.digest, time.perf_counter_ns() - began)
         timing = convert.decode_timing(message.timing)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -497,6 +498,27 @@ def test_a_node_may_not_use_up_all_epochs(ahead: Replica) -> None:
 
     assert hello(5) == {SERVICE: Position(7, 0, 5)}
     assert hello(LARGEST) == {}
+
+
+async def test_an_epoch_of_a_clock_that_ran_far_ahead_stops_nobody(api: Api, ahead: Replica) -> None:
+    ahead.chronicle = Chronicle(ahead.chronicle.mark, wall=lambda: time.time() + 30 * 86_400)
+    api.restore()
+    ahead.list()
+    node = moved(ahead)
+    other = Replica(api)
+    other.list()
+    node.connect(other)
+    assert "synced" in node.read(), "the same content"
+    api.change(SLICE)
+    other.watch(SLICE)
+    node.read()
+    assert node.holds == (api.states[SERVICE], api.states[SLICE])
+    assert node.holdings.tenants[ACME.uid].mark == other.mark(), "and what it had is no floor any more"
+    node = moved(ahead)
+    node.connect(other)
+    node.read()
+    assert node.holds == (api.states[SERVICE], api.states[SLICE]), "a snapshot is taken too"
+    assert node.holdings.tenants[ACME.uid].mark == other.mark()
 
 
 @pytest.mark.parametrize(
