@@ -16,7 +16,7 @@ import pytest
 from tests.unit.brain.polling import until
 from tests.unit.brain.test_manifests import SERVICE, SLICE
 from vcproxy.brain.sources import SourceComplete, SourceEvent, TenantFound, TenantGone
-from vcproxy.brain.sources.directory import DirectorySource, read_folder
+from vcproxy.brain.sources.directory import DirectorySource, Loaded, read_folder
 from vcproxy.brain.sources.folder import Folder
 from vcproxy.kube.kubeconfig import Credentials
 from vcproxy.kube.reflector import Deleted, Event, Listed, Upserted
@@ -300,7 +300,7 @@ def test_names_and_doubles(tmp_path: Path, kubeconfig: str) -> None:
     write(tmp_path / "two" / "a.yaml", SERVICE)
     write(tmp_path / "two" / "b.yaml", SERVICE)
     write(tmp_path / "two" / "notes.txt", "for people")
-    look = read_folder(tmp_path, {})
+    look = read_folder(tmp_path, {}, 0.0)
     assert set(look.kubeconfigs) == {"ok", "x" * 59}
     assert set(look.folders) == {"two"}
     said = "\n".join(problem.message for problem in look.problems)
@@ -312,8 +312,24 @@ def test_names_and_doubles(tmp_path: Path, kubeconfig: str) -> None:
 def test_a_look_reads_only_what_differs(tmp_path: Path) -> None:
     for number in range(5):
         write(tmp_path / "acme" / f"{number}.yaml", SERVICE.replace("web", f"web{number}"))
-    first = read_folder(tmp_path, {})
+    first = read_folder(tmp_path, {}, 0.0)
     write(tmp_path / "acme" / "3.yaml", SERVICE.replace("web", "other"))
-    second = read_folder(tmp_path, first.files)
+    second = read_folder(tmp_path, first.files, 0.0)
     fresh = [path for path in second.files if second.files[path] is not first.files[path]]
     assert [Path(path).name for path in fresh] == ["3.yaml"]
+
+
+@pytest.mark.parametrize("hours", [-5, 0, 5])
+def test_a_file_without_an_end_is_believed_when_it_has_stayed_so(tmp_path: Path, hours: int) -> None:
+    path = tmp_path / "acme" / "web.yaml"
+    write(path, SERVICE.rstrip())
+    dated = time.time() + hours * 3600  # by whoever's clock: another machine's, or ours before it was set
+    os.utime(path, (dated, dated))
+    files: dict[str, Loaded] = {}
+    for now, read in ((10.0, False), (10.9, False), (11.0, True)):
+        files = read_folder(tmp_path, files, now).files
+        assert (files[str(path)].content is not None) == read
+    write(path, SERVICE.replace("name: web", "name: other").rstrip())
+    for now, read in ((12.0, False), (12.5, False), (13.0, True)):
+        files = read_folder(tmp_path, files, now).files
+        assert ("other" in str(files[str(path)].content)) == read

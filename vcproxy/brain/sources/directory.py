@@ -48,12 +48,14 @@ Stamp = tuple[int, ...]
 class Loaded(NamedTuple):
     """One file as last read. `content` is the last good one, None if there never was any; `error` "" if it is this one.
 
-    `stamp`: inode, size and times; () to read it again at the next look.
+    `stamp`: inode, size and times; () to read it again at the next look. `unfinished`: the stamp with which it was
+    first seen without an end, and when.
     """
 
     stamp: Stamp
     content: Manifest | Credentials | None
     error: str
+    unfinished: tuple[Stamp, float] | None = None
 
 
 class Look(NamedTuple):
@@ -119,7 +121,7 @@ class DirectorySource:
     async def _look(self, sink: SourceSink) -> float:
         """One look, told to `sink`; returns in how many seconds the next one is due."""
         try:
-            look = await asyncio.to_thread(read_folder, self._path, self._files)
+            look = await asyncio.to_thread(read_folder, self._path, self._files, self._clock())
         except OSError as error:
             self._problems = (
                 Problem(str(self._path), f"cannot be read: {error.strerror}; its tenants stay as they are"),
@@ -179,8 +181,11 @@ def _merged(files: Mapping[str, Loaded]) -> Mapping[tuple[Kind, Key], Object] | 
 # --- reading, in a thread ---------------------------------------------------------------------------------------------
 
 
-def read_folder(path: Path, known: Mapping[str, Loaded]) -> Look:
-    """One look: files that are as `known` are not read again. Raises OSError if the folder itself cannot be read."""
+def read_folder(path: Path, known: Mapping[str, Loaded], now: float) -> Look:
+    """One look, at `now` (monotonic seconds): files that are as `known` are not read again.
+
+    Raises OSError if the folder itself cannot be read.
+    """
     look = Look({}, {}, {}, ())
     problems: list[Problem] = []
     with os.scandir(path) as entries:
@@ -194,12 +199,12 @@ def read_folder(path: Path, known: Mapping[str, Loaded]) -> Look:
             cure = f"rename it: a tenant's name is a DNS label of at most 59 characters other than {SUPER_UID!r}"
             problems.append(Problem(entry.path, f"{name[:64]!r} cannot be the name of a tenant; {cure}"))
         elif not is_folder:
-            _load(entry.path, known, look.files, _kubeconfig)
+            _load(entry.path, known, look.files, _kubeconfig, now)
             look.kubeconfigs[name] = entry.path
         elif name in look.kubeconfigs or (path / f"{name}{_KUBECONFIG}").exists():
             problems.append(Problem(entry.path, f"is ignored: {name}{_KUBECONFIG} names the same tenant; remove one"))
         else:
-            look.folders[name] = _load_folder(entry.path, known, look.files, problems)
+            look.folders[name] = _load_folder(entry.path, known, look.files, problems, now)
     problems.extend(Problem(file, held.error) for file, held in look.files.items() if held.error)
     for held in look.files.values():
         if isinstance(held.content, Manifest):
@@ -209,7 +214,7 @@ def read_folder(path: Path, known: Mapping[str, Loaded]) -> Look:
 
 
 def _load_folder(
-    path: str, known: Mapping[str, Loaded], files: dict[str, Loaded], problems: list[Problem]
+    path: str, known: Mapping[str, Loaded], files: dict[str, Loaded], problems: list[Problem], now: float
 ) -> tuple[str, ...]:
     """The manifest files of one tenant, loaded into `files`. A folder that cannot be read keeps those it had."""
     try:
@@ -225,7 +230,7 @@ def _load_folder(
         files.update({file: known[file] for file in paths})
         return tuple(paths)
     for file in paths:
-        _load(file, known, files, _manifest)
+        _load(file, known, files, _manifest, now)
     return tuple(file for file in paths if file in files)
 
 
@@ -234,6 +239,7 @@ def _load(
     known: Mapping[str, Loaded],
     files: dict[str, Loaded],
     parse: Callable[[str, bytes], Manifest | Credentials],
+    now: float,
 ) -> None:
     old = known.get(file)
     try:
@@ -246,9 +252,13 @@ def _load(
             if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
                 raise ManifestError(file, 0, "", f"is not a regular file of at most {MAX_BYTES >> 20} MiB")
             data = opened.read()
-        if not data.endswith(_ENDS) and time.time() - status.st_mtime < REMOVAL_SECONDS:
-            files[file] = Loaded((), old.content if old else None, "")
-            return
+        if not data.endswith(_ENDS):
+            # How long it has been so is not asked of its times: they are of another clock, or of this one before it was
+            # set, and a time to come would be waited for.
+            seen = old.unfinished if old is not None and old.unfinished and old.unfinished[0] == stamp else (stamp, now)
+            if now - seen[1] < REMOVAL_SECONDS:
+                files[file] = Loaded((), old.content if old else None, "", seen)
+                return
         files[file] = Loaded(stamp, parse(file, data), "")
     except FileNotFoundError:
         return  # gone since the folder was listed
