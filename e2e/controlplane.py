@@ -180,9 +180,11 @@ class ControlPlane:
             process.terminate()
             process.wait(grace=STOP_WITHIN)
 
-    def kill(self) -> None:
-        """End all programs as a power cut does: SIGKILL. Data that was acknowledged is kept. Idempotent."""
-        for process in self._processes:
+    def kill(self, *programs: str) -> None:
+        """End these programs (default: all) as a power cut does: SIGKILL. Data that was acknowledged is kept.
+        Idempotent.
+        """
+        for process in self._named(programs):
             process.kill()
 
     def restart(self) -> None:
@@ -190,9 +192,9 @@ class ControlPlane:
         self.stop()
         self.start()
 
-    def freeze(self) -> None:
-        """Stop all running programs where they are (SIGSTOP): connections open, nothing answers."""
-        for process in self._processes:
+    def freeze(self, *programs: str) -> None:
+        """Stop these programs (default: all that run) where they are (SIGSTOP): connections open, nothing answers."""
+        for process in self._named(programs):
             if process.running:
                 process.signal(signal.SIGSTOP)
 
@@ -288,6 +290,10 @@ class ControlPlane:
     @property
     def _processes(self) -> tuple[Process, ...]:
         return self._controller_manager, self._apiserver, self._etcd
+
+    def _named(self, programs: tuple[str, ...]) -> list[Process]:
+        """The processes of these programs, "etcd" for one; of all if none is named."""
+        return [process for process in self._processes if not programs or process.name.rpartition("/")[2] in programs]
 
     @property
     def _data_dir(self) -> Path:

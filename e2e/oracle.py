@@ -79,17 +79,18 @@ def wanted(services: Iterable[Object], slices: Iterable[Object], *, node: str, p
 
 
 def _usable(rows: Iterable[tuple[Object, int]]) -> frozenset[Target]:
-    """Ready endpoints; if there are none, those that still serve while they terminate."""
-    ready, leaving = set(), set()
+    """Ready endpoints; if there are none, those that still serve while they terminate. Of one that is there twice the
+    living one counts, then the ready one.
+    """
+    best: dict[Target, tuple[bool, bool, bool]] = {}
     for item, number in rows:
         conditions = item.get("conditions", {})
-        is_ready = conditions.get("ready") is not False
+        ready = conditions.get("ready") is not False
+        serving, terminating = conditions.get("serving", ready), conditions.get("terminating", False)
         target = (str(ipaddress.ip_address(item["addresses"][0])), number)
-        if is_ready:
-            ready.add(target)
-        elif conditions.get("serving", is_ready) and conditions.get("terminating"):
-            leaving.add(target)
-    return frozenset(ready or leaving)
+        best[target] = max(best.get(target, (False, False, False)), (not terminating, ready, serving))
+    able = frozenset(target for target, (_, ready, _) in best.items() if ready)
+    return able or frozenset(target for target, (living, _, serving) in best.items() if serving and not living)
 
 
 def _answer(usable: frozenset[Target], local: frozenset[Target], *, policy: str) -> Answer:

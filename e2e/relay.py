@@ -23,6 +23,7 @@ class Relay:
         self._port = port
         self._flows = asyncio.Event()
         self._flows.set()
+        self._cut = False
         self._listener = netns.socket_in(ns, socket.AF_INET, socket.SOCK_STREAM)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._listener.bind(("127.0.0.1", port))
@@ -52,6 +53,19 @@ class Relay:
         """What was sent meanwhile arrives, and all goes on."""
         self._gate(open=True)
 
+    def cut(self) -> None:
+        """From now on every connection is reset, those that stand too."""
+        self._loop.call_soon_threadsafe(self._sever)
+
+    def mend(self) -> None:
+        """Connections can be made again."""
+        self._cut = False
+
+    def _sever(self) -> None:
+        self._cut = True
+        for writer in self._writers:
+            writer.transport.abort()
+
     def _gate(self, *, open: bool) -> None:
         async def turn() -> None:
             (self._flows.set if open else self._flows.clear)()
@@ -71,9 +85,11 @@ class Relay:
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
+            if self._cut:
+                raise ConnectionResetError
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
         except OSError:  # the API server is down: so is its relay
-            writer.close()
+            writer.transport.abort()
             return
         self._writers |= {writer, far_writer}
         try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from e2e.objects import (
 )
 from e2e.oracle import SUPER, Kernel, differences, wanted
 from e2e.polling import eventually
+from e2e.relay import Relay
 from vcproxy.lab import Client, Lab, Node, Pod, Tenant
 from vcproxy.lab.cluster import Cluster
 
@@ -43,6 +44,8 @@ PORTS = (("http", "TCP", PORT, TARGET), ("ask", "UDP", PORT, TARGET))
 TARGETS = (TARGET, TARGET + 1)
 """What every pod listens on, TCP and UDP."""
 LABEL = "vcproxy.dev/tenant"
+BRAIN = ("192.168.77.203", "fd77::203")
+"""Addresses of the brain's machine, where it has one."""
 
 _VIPS = itertools.count(10)
 
@@ -105,6 +108,10 @@ class World:
         tag = secrets.token_hex(2)  # worlds share a super cluster, and with it the names of Nodes
         self.nodes: dict[str, Node] = {name: lab.node(f"{name}-{tag}") for name in ("one", "two")}
         self.outside: Client = lab.client("outside", "192.168.77.200", "fd77::200")
+        self.brain_ns = ""
+        """Where a brain is that is apart."""
+        self.relays: dict[str, Relay] = {}
+        """By tenant, between that brain and API servers."""
         self.namespace = f"pods-{tag}"
         self.pods: dict[tuple[str, str], Pod] = {}
         self._overlays: list[Tenant] = []
@@ -231,20 +238,22 @@ class World:
         row: Mapping[str, Any] = next(row for row in rows if row["uid"] == self.uid(tenant))
         return row
 
-    def connected(self) -> None:
+    def connected(self, *, within: float = 20.0) -> None:
         """Wait until both agents are with a brain."""
         names = [place.name for place in self.nodes.values()]
-        self.cluster.wait("the agents are connected", lambda: all(self.cluster.ask(name)["brain"] for name in names))
+        self.cluster.wait(
+            "the agents are connected", lambda: all(self.cluster.ask(name)["brain"] for name in names), within
+        )
 
-    def revive(self) -> None:
+    def revive(self, *, within: float = 20.0) -> None:
         """Start the brain and the agents that do not run, and wait until all is well."""
         if not self.cluster.running("brain"):
             self.cluster.start_brain()
         for place in self.nodes.values():
             if not self.cluster.running(place.name):
                 self.cluster.start_agent(place)
-        self.connected()
-        self.converged()
+        self.connected(within=within)
+        self.converged(within=within)
 
     # --- the super cluster's view -------------------------------------------------------------------------------------
 
@@ -279,12 +288,15 @@ def running(
     flat: Mapping[str, ControlPlane | None] | None = None,
     tenants: Mapping[str, Any] | None = None,
     replicas: Sequence[str] = ("brain",),
+    apart: bool = False,
+    environment: Callable[[str], Mapping[str, str]] = lambda name: {},
     **settings: Any,
 ) -> Iterator[World]:
     """A running world with these tenants by network; None for a folder of manifests.
 
     `tenants`: further fields of the BrainConfiguration's `tenants`; `settings`: of the NodeConfiguration. `replicas`:
-    brains that agents know; the first one is started.
+    brains that agents know; the first one is started. `apart`: the brain is on a machine of its own, BRAIN: nodes reach
+    it over the fabric, and it reaches API servers through relays. `environment`: further variables of a process.
     """
     brain = {
         "superCluster": {"kubeconfig": str(super_plane.kubeconfig)},
@@ -292,12 +304,19 @@ def running(
     }
     with ExitStack() as stack:
         lab = stack.enter_context(Lab("vcp-e2e"))
-        cluster = stack.enter_context(Cluster(directory, brain=brain, replicas=replicas))
+        place = lab.client("brain", *BRAIN) if apart else None
+        cluster = stack.enter_context(
+            Cluster(directory, place=place, brain=brain, replicas=replicas, environment=environment)
+        )
         world = World(lab, cluster, {SUPER: super_plane})
         world.add_tenant(SUPER, overlay=False)
         for is_overlay, said in ((True, overlay), (False, flat)):
             for name, plane in (said or {}).items():
                 world.add_tenant(name, overlay=is_overlay, plane=plane)
+        if place:
+            world.brain_ns = place.ns
+            for name, plane in world.planes.items():
+                world.relays[name] = stack.enter_context(Relay(place.ns, int(plane.url.rpartition(":")[2])))
         stack.callback(world.forget)
         world.start(**settings)
         yield world

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -37,7 +38,8 @@ class Cluster:
     `directory` holds configuration, certificates, sockets, logs and each node's state; `tenants` below it is the
     brain's directory source. The brain listens in the namespace of `place` when one is given, else on a unix socket:
     that reaches every namespace, and leaves the brain where the API servers of a test are. `replicas`: names of all
-    brains that agents know; one that is not started is not there.
+    brains that agents know; one that is not started is not there. `environment`: further variables of a process, by its
+    name.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class Cluster:
         place: Client | None = None,
         brain: Mapping[str, Any] | None = None,
         replicas: Sequence[str] = ("brain",),
+        environment: Callable[[str], Mapping[str, str]] = lambda name: {},
     ) -> None:
         self.directory = directory
+        self._environment = environment
         self._replicas = tuple(replicas)
         self.tenants = directory / "tenants"
         self._place = place
@@ -171,6 +175,12 @@ class Cluster:
         process.kill()
         process.wait()
 
+    def end(self, name: str) -> int:
+        """SIGTERM the brain ("brain") or a node's agent, and wait; its status."""
+        process = self._processes.pop(name)
+        process.terminate()
+        return process.wait(_GRACE)
+
     def freeze(self, name: str) -> None:
         """SIGSTOP the brain ("brain") or a node's agent: its connections stand, and it says nothing."""
         self._processes[name].send_signal(signal.SIGSTOP)
@@ -230,7 +240,13 @@ class Cluster:
         argv = [sys.executable, "-m", "vcproxy", command, "--config", str(config)]
         inside = netns.entered(ns) if ns else contextlib.nullcontext()
         with (self.directory / f"{name}.log").open("ab") as log, inside:
-            process = subprocess.Popen([*DIE_WITH_PARENT, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                [*DIE_WITH_PARENT, *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self._environment(name)},
+            )
         self._processes[name] = process
         return process
 

@@ -11,6 +11,8 @@ however that came about, and at the latest after `seconds`.
 
 Each request is a new connection (a new source port for UDP): connect, read who answers, reset. What is counted as
 failure is everything but an answer, by its errno's name, or "timeout".
+
+Many loads at once share the processor with what they load: `pause` leaves it some.
 """
 
 from __future__ import annotations
@@ -39,6 +41,10 @@ if TYPE_CHECKING:
 
 Target = tuple[str, str, int]
 """Protocol ("tcp" or "udp"), IP address, port."""
+Span = tuple[float, float]
+"""When something began and ended, by CLOCK_MONOTONIC, which all processes of a machine share."""
+DATED = 10_000
+"""Failures of a worker whose times are told."""
 
 _LINGER = struct.pack("ii", 1, 0)
 
@@ -46,13 +52,14 @@ _LINGER = struct.pack("ii", 1, 0)
 @dataclass(frozen=True)
 class Result:
     """What became of all requests. `answers`: by the name of the pod; `failures`: by what happened; `first_failures`:
-    a few of them as text; `seconds`: how long each answered one took, sorted.
+    a few of them as text; `seconds`: how long each answered one took, sorted; `failed`: when failures were under way.
     """
 
     answers: Mapping[str, int]
     failures: Mapping[str, int]
     first_failures: Sequence[str]
     seconds: Sequence[float] = field(repr=False)
+    failed: Sequence[Span] = field(default=(), repr=False)
 
     @property
     def count(self) -> int:
@@ -61,16 +68,25 @@ class Result:
 
 
 class Load:
-    """See the module. `workers`: processes that dial at the same time; `timeout`: seconds a request may take."""
+    """See the module. `workers`: processes that dial at the same time; `timeout`: seconds a request may take; `pause`:
+    seconds between a worker's requests.
+    """
 
     result: Result
 
     def __init__(
-        self, place: Place, targets: Sequence[Target], *, workers: int = 1, timeout: float = 2.0, seconds: float = 120.0
+        self,
+        place: Place,
+        targets: Sequence[Target],
+        *,
+        workers: int = 1,
+        timeout: float = 2.0,
+        seconds: float = 120.0,
+        pause: float = 0.0,
     ) -> None:
         from vcproxy.lab import netns
 
-        plan = {"targets": list(targets), "workers": workers, "timeout": timeout, "seconds": seconds}
+        plan = {"targets": list(targets), "workers": workers, "timeout": timeout, "seconds": seconds, "pause": pause}
         command = [sys.executable, __file__, json.dumps(plan)]
         self._process = netns.spawn(place.ns, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -81,7 +97,8 @@ class Load:
             if self._process.returncode:
                 raise RuntimeError(f"the load generator ended with {self._process.returncode}")
             found = json.loads(told)
-            self.result = Result(found["answers"], found["failures"], found["first"], sorted(found["seconds"]))
+            failed = [(began, ended) for began, ended in found["failed"]]
+            self.result = Result(found["answers"], found["failures"], found["first"], sorted(found["seconds"]), failed)
         return self.result
 
     def __enter__(self) -> Load:
@@ -112,15 +129,18 @@ def _request(target: Target, timeout: float) -> str:
         return name
 
 
-def _work(targets: Sequence[Target], timeout: float, until: float, at: int, over: Event, out: Queue[Any]) -> None:
+def _work(plan: Mapping[str, Any], until: float, at: int, over: Event, out: Queue[Any]) -> None:
+    targets: Sequence[Target] = [tuple(target) for target in plan["targets"]]
+    timeout, pause = plan["timeout"], plan["pause"]
     answers: dict[str, int] = {}
     failures: dict[str, int] = {}
     first: list[str] = []
+    failed: list[Span] = []
     seconds = array.array("d")
     while time.monotonic() < until and not over.is_set():
         target = targets[at % len(targets)]
         at += 1
-        began = time.perf_counter()
+        began = time.monotonic()
         try:
             name = _request(target, timeout)
         except OSError as error:
@@ -128,21 +148,24 @@ def _work(targets: Sequence[Target], timeout: float, until: float, at: int, over
             failures[what] = failures.get(what, 0) + 1
             if len(first) < 5:
                 first.append(f"{' '.join(map(str, target))}: {what} at {time.time():.3f}")
+            if len(failed) < DATED:
+                failed.append((began, time.monotonic()))
         else:
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.monotonic() - began)
             answers[name] = answers.get(name, 0) + 1
-    out.put((answers, failures, first, seconds.tolist()))
+        if pause:
+            time.sleep(pause)
+    out.put((answers, failures, first, seconds.tolist(), failed))
 
 
 def main() -> None:
     """The script: a plan as JSON in argv[1], the account as JSON on standard output."""
     plan = json.loads(sys.argv[1])
-    targets = [tuple(target) for target in plan["targets"]]
     context = multiprocessing.get_context("fork")
     over, out = context.Event(), context.Queue()
     until = time.monotonic() + plan["seconds"]
     workers = [
-        context.Process(target=_work, args=(targets, plan["timeout"], until, number, over, out), daemon=True)
+        context.Process(target=_work, args=(plan, until, number, over, out), daemon=True)
         for number in range(plan["workers"])
     ]
     for worker in workers:
@@ -152,16 +175,18 @@ def main() -> None:
     total: dict[str, dict[str, int]] = {"answers": {}, "failures": {}}
     first: list[str] = []
     seconds: list[float] = []
+    failed: list[Span] = []
     for _ in workers:
-        answers, failures, told, took = out.get()
+        answers, failures, told, took, when = out.get()
         for kind, counts in (("answers", answers), ("failures", failures)):
             for name, count in counts.items():
                 total[kind][name] = total[kind].get(name, 0) + count
         first += told
         seconds += took
+        failed += when
     for worker in workers:
         worker.join()
-    json.dump({**total, "first": first[:10], "seconds": seconds}, sys.stdout)
+    json.dump({**total, "first": first[:10], "seconds": seconds, "failed": failed}, sys.stdout)
 
 
 if __name__ == "__main__":
