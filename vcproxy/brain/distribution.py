@@ -24,10 +24,11 @@ from google.protobuf.message import DecodeError
 from vcproxy.brain.admission import Admission
 from vcproxy.brain.certificates import ServerCertificates
 from vcproxy.brain.config import Listen
+from vcproxy.brain.greeting import Greeting, Kind
 from vcproxy.brain.identity import AuthContext, NotANode, node_of_peer
 from vcproxy.brain.progress import NodeStatus
 from vcproxy.brain.store import Store
-from vcproxy.brain.stream import Greeting, Placement, Stream
+from vcproxy.brain.stream import Placement, Stream
 from vcproxy.model.mark import Mark, plausible
 from vcproxy.ops import logs, metrics
 from vcproxy.pb import convert, distribution_pb2
@@ -75,7 +76,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 class Distributor:
     """Serves the tenants of `store` to the nodes that `placement` puts them on.
 
-    `authenticate` turns a verified peer's auth context into the name of its node, or raises NotANode.
+    `sharded`: the store has a part of the tenants, other brains have the others. `authenticate` turns a verified peer's
+    auth context into the name of its node, or raises NotANode.
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class Distributor:
         placement: Placement,
         authenticate: Callable[[AuthContext], str] = node_of_peer,
         limits: Limits | None = None,
+        sharded: bool = False,
     ) -> None:
+        self._sharded = sharded
         self._store = store
         self._placement = placement
         self._authenticate = authenticate
@@ -173,6 +177,7 @@ class Distributor:
             greeting,
             peer=context.peer(),
             version=VERSION,
+            sharded=self._sharded,
             store=self._store,
             placement=self._placement,
             admission=self._admission,
@@ -209,7 +214,9 @@ class Distributor:
         if len(streams) > self._limits.streams_per_node:
             streams[0].evict.set()
         metrics.NODES.set(len(self._streams))
-        _log.info("node connected", node=stream.node, tenants=len(stream.entitled))
+        _log.info("node connected", node=stream.node, tenants=len(stream.entitled), stream=stream.kind.value)
+        if self._sharded and stream.kind is Kind.WHOLE:
+            _log.warning("this agent's version knows nothing of shards: it gets what this brain has", node=stream.node)
 
     def _close(self, connection: "_Connection") -> None:
         stream = connection.stream
@@ -258,6 +265,8 @@ async def _read(stream: Stream, requests: AsyncIterator[bytes]) -> None:
                     stream.subscribed(message.subscribe.tenant, refresh=message.subscribe.refresh)
                 case "unsubscribe":
                     stream.unsubscribed(message.unsubscribe.tenant)
+                case "known":
+                    stream.answered(*parse_known(message.known))
                 case "hello":
                     raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "a second Hello on one stream")
         except MalformedModel as error:
@@ -281,16 +290,21 @@ def parse_hello(raw: bytes, node: str) -> Greeting:
     unheard: dict[str, frozenset[str]] = {}
     try:
         for held in hello.known:
-            uid = convert.decode_uid(held.tenant)
+            uid, digest, mark, doubted = parse_known(held)
             if uid in known:
                 raise MalformedModel(uid, None, "Hello names the tenant twice")
-            known[uid] = convert.decode_digest(uid, held.digest)
-            mark = convert.decode_mark(uid, held.mark)
-            marks[uid] = plausible(mark, time.time())  # a node may not use up all epochs
-            unheard[uid] = frozenset(mark.keys() - marks[uid].keys())
+            known[uid], marks[uid], unheard[uid] = digest, mark, doubted
     except MalformedModel as error:
         raise Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
-    return Greeting(node, hello.agent[:256], known, marks, unheard)
+    return Greeting(node, hello.agent[:256], known, marks, unheard, frozenset(hello.features))
+
+
+def parse_known(held: distribution_pb2.Known) -> tuple[str, bytes, Mark, frozenset[str]]:
+    """Tenant, digest and mark of what a node holds, and the kinds whose mark is not believed. Raises MalformedModel."""
+    uid = convert.decode_uid(held.tenant)
+    said = convert.decode_mark(uid, held.mark)
+    mark = plausible(said, time.time())  # a node may not use up all epochs
+    return uid, convert.decode_digest(uid, held.digest), mark, frozenset(said.keys() - mark.keys())
 
 
 def _parse(raw: bytes) -> distribution_pb2.NodeMessage:

@@ -175,16 +175,18 @@ def _cut(ports: Iterable[ServicePort]) -> Iterator[tuple[ServicePort, ...]]:
     yield tuple(part)
 
 
-def encode_welcome(brain: str, version: str) -> bytes:
+def encode_welcome(brain: str, version: str, features: Iterable[str] = ()) -> bytes:
     """The first message of a stream."""
     return distribution_pb2.BrainMessage(
-        welcome=distribution_pb2.Welcome(brain=brain, version=version)
+        welcome=distribution_pb2.Welcome(brain=brain, version=version, features=features)
     ).SerializeToString()
 
 
-def encode_added(tenant: Tenant, mark: Mark = UNMARKED) -> bytes:
-    """Precedes everything about a tenant; `mark`: where the brain is with it."""
-    return distribution_pb2.BrainMessage(added=convert.encode_tenant(tenant, mark)).SerializeToString()
+def encode_added(tenant: Tenant, mark: Mark = UNMARKED, *, asks: bool = False) -> bytes:
+    """Precedes everything about a tenant; `mark`: where the brain is with it; `asks`: the node is to say the same."""
+    message = convert.encode_tenant(tenant, mark)
+    message.asks = asks
+    return distribution_pb2.BrainMessage(added=message).SerializeToString()
 
 
 def encode_synced(uid: str, version: Version) -> bytes:
@@ -217,6 +219,11 @@ def encode_stale(uid: str, since: float | None, reason: str) -> bytes:
 def encode_removed(uid: str) -> bytes:
     """The tenant is gone, or no longer placed on the node."""
     return distribution_pb2.BrainMessage(removed=distribution_pb2.TenantRemoved(tenant=uid)).SerializeToString()
+
+
+def encode_released(uid: str) -> bytes:
+    """This brain feeds the tenant no longer."""
+    return distribution_pb2.BrainMessage(released=distribution_pb2.TenantReleased(tenant=uid)).SerializeToString()
 
 
 def encode_complete(uids: Iterable[str]) -> bytes:

@@ -38,13 +38,17 @@ class TenantStatus(msgspec.Struct, frozen=True):
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
-    """One stream of one node. `connected_since`: Unix seconds. `tenants`: those placed on it that the brain serves."""
+    """One stream of one node. `connected_since`: Unix seconds. `tenants`: those placed on it that the brain serves.
+
+    `stream`: its kind (see stream).
+    """
 
     node: str
     peer: str
     agent: str
     connected_since: float
     tenants: tuple[TenantStatus, ...]
+    stream: str = "whole"
 
 
 class _Sent(NamedTuple):

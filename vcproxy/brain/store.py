@@ -64,8 +64,8 @@ class Stored:
     """One tenant. Read-only to all but the store.
 
     `revision` counts the changes of content in this run, 0 for a tenant without any. `synced`: content is complete.
-    `restored`: it is that of an earlier run. `stale_since`: Unix seconds, None when well. `updated_at`: Unix seconds of
-    the last change of content, 0 for none.
+    `restored`: it is that of an earlier run. `withheld`: no node is to be told of it now. `stale_since`: Unix seconds,
+    None when well. `updated_at`: Unix seconds of the last change of content, 0 for none.
     """
 
     def __init__(self, tenant: Tenant, remembered: Remembered | None = None) -> None:
@@ -74,6 +74,7 @@ class Stored:
         self.model = TenantModel()
         self.revision = 0
         self.synced = False
+        self.withheld = False
         self.stale_since: float | None = None
         self.stale_reason = ""
         self.updated_at = 0.0
@@ -215,7 +216,7 @@ class Store:
 
     def remember(self, remembered: Iterable[Remembered]) -> None:
         """What an earlier run had; call before tenants are added. Not said of a tenant before it is found."""
-        self._remembered = {one.tenant.uid: one for one in remembered}
+        self._remembered.update((one.tenant.uid, one) for one in remembered)
 
     def forget_remembered(self) -> list[str]:
         """Every tenant there is was added: forget what is remembered of others. Returns their uids."""
@@ -225,8 +226,26 @@ class Store:
 
     def remove_tenant(self, uid: str) -> None:
         """The tenant is gone for good: nodes are told to remove it. Removing an unknown one is no error."""
+        self._stored.pop(uid, None)
+        self._gone.add(uid)
+        self._changed(uid)
+
+    def expect(self, uid: str) -> None:
+        """There is such a tenant (again), though it is not held here."""
+        if uid in self._gone:
+            self._gone.discard(uid)
+            self._changed(uid)
+
+    def drop(self, uid: str) -> None:
+        """Say nothing of the tenant from now on: it is not gone, but another brain's. An unknown one is no error."""
         if self._stored.pop(uid, None) is not None:
-            self._gone.add(uid)
+            self._changed(uid)
+
+    def withhold(self, uid: str, withheld: bool) -> None:
+        """Whether nodes are to be told nothing of the tenant for now. Of one that is not held: no error."""
+        stored = self._stored.get(uid)
+        if stored is not None and stored.withheld != withheld:
+            stored.withheld = withheld
             self._changed(uid)
 
     def update(

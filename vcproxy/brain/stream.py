@@ -12,6 +12,12 @@ once the placement is ready, that is, complete.
 Nor is a node taken back in time. What it held when it came, from this replica or another, is a floor (its mark), and
 what may be older than that is not sent: the store is told that it was overtaken, and the node keeps what it has until
 this brain has found out what is true (see chronicle).
+
+Where brains share tenants a node has several streams, and what is said on one depends on its `Kind`. Contents come on
+content streams, from whichever brain feeds the tenant; when one begins to, the node may have got newer content from
+another since it said Hello, so it is asked (TenantAdded.asks) and answers before anything is sent. All else comes on
+one leading stream, so that two brains with different views cannot make a node waver; it has the super cluster's own
+Services too, which every brain feeds.
 """
 
 import time
@@ -21,12 +27,13 @@ from typing import NamedTuple, Protocol
 from vcproxy.brain import encoding
 from vcproxy.brain.admission import Admission, Ticket
 from vcproxy.brain.encoding import Snapshot, Version
+from vcproxy.brain.greeting import Greeting, Kind
 from vcproxy.brain.progress import NodeStatus, Progress, TenantStatus
 from vcproxy.brain.store import Store, Stored
 from vcproxy.model.mark import UNMARKED, Mark, Position, lacking
 from vcproxy.model.node import NodeFacts
-from vcproxy.model.tenant import EMPTY_DIGEST, Tenant
-from vcproxy.pb import convert, distribution_pb2
+from vcproxy.model.tenant import EMPTY_DIGEST, SUPER_UID, Tenant
+from vcproxy.pb import convert, distribution_pb2, features
 
 
 class Placement(Protocol):
@@ -60,24 +67,12 @@ class Message(NamedTuple):
     data: bytes
 
 
-class Greeting(NamedTuple):
-    """A Hello, checked: `known` is what the node holds, tenant uid -> digest, and `marks` how new that is.
-
-    `unheard`: kinds of which it said what cannot be believed.
-    """
-
-    node: str
-    agent: str
-    known: Mapping[str, bytes]
-    marks: Mapping[str, Mark] = {}
-    unheard: Mapping[str, frozenset[str]] = {}
-
-
 class _Tenant:
     """What the node was told of one tenant.
 
     `floor`: how new that was what it came with; nothing once it has newer content from this stream. `unheard`: kinds of
-    which that cannot be known.
+    which that cannot be known. `of`: whose content it was told, which is another one when the brain has left the tenant
+    meanwhile. `asked`: the node has yet to answer.
     """
 
     def __init__(
@@ -86,9 +81,12 @@ class _Tenant:
         clock: Callable[[], float],
         floor: Mark = UNMARKED,
         unheard: frozenset[str] = frozenset(),
+        of: Stored | None = None,
     ) -> None:
         self.floor = floor
         self.unheard = unheard
+        self.of = of
+        self.asked = of is not None
         self.shown: Mark = UNMARKED  # with the facts
         self.behind = ""
         self.facts: Tenant | None = None
@@ -119,6 +117,7 @@ class Stream:
         *,
         peer: str,
         version: str,
+        sharded: bool = False,
         store: Store,
         placement: Placement,
         admission: Admission,
@@ -136,14 +135,18 @@ class Stream:
         self._wake = wake
         self._clock = clock
         marks, unheard = greeting.marks, greeting.unheard
+        self.kind = greeting.kind(sharded=sharded)
+        self._features = (features.CONTENT, *((features.SHARDED,) if sharded else ()))
         self._told = {
             uid: _Tenant(held, clock, marks.get(uid, UNMARKED), unheard.get(uid, frozenset()))
             for uid, held in greeting.known.items()
+            if self._covers(uid)
         }
         self._dirty = dict.fromkeys(self._told)
         self._version = version
         self._welcomed = False
         self._complete = False
+        self._named: frozenset[str] | None = None  # on a leading stream
         self._look = False  # at facts and pods
         self._facts: NodeFacts | None = None
         self._pods: dict[bytes, str] | None = None
@@ -151,6 +154,8 @@ class Stream:
 
     def mark(self, uid: str) -> None:
         """The tenant may have changed."""
+        if self.kind is Kind.LEADING and self._store.gone(uid):
+            self._look = True
         self._dirty[uid] = None
         self._wake()
 
@@ -173,8 +178,8 @@ class Stream:
         """What to send now, taken as sent; None: nothing until `wake` is called."""
         if not self._welcomed:
             self._welcomed = True
-            return Message("welcome", encoding.encode_welcome(self._store.brain_id, self._version))
-        if self._look and self._placement.ready:
+            return Message("welcome", encoding.encode_welcome(self._store.brain_id, self._version, self._features))
+        if self._look and self._placement.ready and self.kind is not Kind.CONTENT:
             message = self._about_node()
             if message is not None:
                 return message
@@ -201,26 +206,57 @@ class Stream:
             return Message("placement", encoding.encode_placement(put, removed, complete=told is None))
         if not self._complete:
             self._complete = True
-            return Message("complete", encoding.encode_complete(self.entitled))
+            if self.kind is not Kind.LEADING:
+                return Message("complete", encoding.encode_complete(self.entitled))
+        named = frozenset(uid for uid in self.entitled if not self._store.gone(uid))
+        if self.kind is Kind.LEADING and self._named != named:
+            self._named = named
+            return Message("complete", encoding.encode_complete(named))
         return None
+
+    def _covers(self, uid: str) -> bool:
+        """Whether a tenant's content is a matter of this stream."""
+        return self.kind is Kind.WHOLE or (uid == SUPER_UID) == (self.kind is Kind.LEADING)
 
     def _about_tenant(self, uid: str) -> Message | None:
         told, stored = self._told.get(uid), self._store.tenants().get(uid)
         placed = uid in self.entitled
+        if not self._covers(uid):
+            return None
+        served = stored if placed and stored is not None and stored.synced and not stored.withheld else None
+        if self.kind is Kind.CONTENT:
+            return self._about_share(uid, told, served)
         if self._store.gone(uid) or (not placed and self._placement.ready):
             if told is None:
                 return None
             told.forget_snapshot()
             del self._told[uid]
             return Message("removed", encoding.encode_removed(uid))
-        if not placed or stored is None or not stored.synced:
+        if served is None:
             return None
         if told is None:
             told = self._told[uid] = _Tenant(None, self._clock)
+        return self._progress(told, served)
+
+    def _about_share(self, uid: str, told: _Tenant | None, served: Stored | None) -> Message | None:
+        """Of a tenant that may be another brain's before and after."""
+        if told is not None and told.of is not served:
+            told.forget_snapshot()
+            del self._told[uid]
+            return Message("released", encoding.encode_released(uid))
+        if served is None:
+            return None
+        if told is None:
+            told = self._told[uid] = _Tenant(None, self._clock, of=served)
+        return self._progress(told, served)
+
+    def _progress(self, told: _Tenant, stored: Stored) -> Message | None:
         if told.paused:
             return None
         if told.facts != stored.tenant:
             return self._introduce(told, stored)
+        if told.asked:
+            return None
         return self._content(told, stored) or self._condition(told, stored)
 
     @staticmethod
@@ -228,7 +264,7 @@ class Stream:
         # A node compares only what both sides speak of: of an epoch that is not believed here it must not insist.
         told.facts = stored.tenant
         told.shown = {kind: position for kind, position in stored.mark.items() if kind not in told.unheard}
-        return Message("added", encoding.encode_added(stored.tenant, told.shown))
+        return Message("added", encoding.encode_added(stored.tenant, told.shown, asks=told.asked))
 
     def _content(self, told: _Tenant, stored: Stored) -> Message | None:
         """The next step towards the newest content, None if there is none to take now."""
@@ -311,6 +347,11 @@ class Stream:
         """
         convert.decode_uid(uid)
         told = self._told.get(uid)
+        if self.kind is Kind.CONTENT and told is not None and not refresh:
+            told.forget_snapshot()
+            told = self._told[uid] = _Tenant(None, self._clock, of=told.of)
+        if told is None and self.kind is Kind.CONTENT:
+            return
         if told is None:
             if uid not in self.entitled:
                 return
@@ -320,6 +361,17 @@ class Stream:
             told.forget_snapshot()
             told.refresh, told.synced = True, False
         self.mark(uid)
+
+    def answered(self, uid: str, digest: bytes, mark: Mark, unheard: frozenset[str]) -> None:
+        """The node was asked and holds this. What nobody asked for, or no longer, is no news."""
+        told = self._told.get(uid)
+        if told is not None and told.asked:
+            told.asked = False
+            told.digest, told.floor, told.unheard = digest, mark, unheard
+            if unheard:
+                told.facts = None  # to be introduced again, without them
+            told.stale = None  # whatever another brain has said
+            self.mark(uid)
 
     def unsubscribed(self, uid: str) -> None:
         """The node wants nothing of a tenant until it subscribes again. It keeps what it holds."""
@@ -331,11 +383,11 @@ class Stream:
     def status(self) -> NodeStatus:
         """For people: what was sent and what came of it."""
         tenants: list[TenantStatus] = []
-        for uid in sorted(self.entitled):
+        for uid in sorted(filter(self._covers, self.entitled)):
             told, stored = self._told.get(uid), self._store.tenants().get(uid)
             if told is not None and stored is not None:
                 tenants.append(told.progress.status(uid, stored.tenant.name, stored.version, told.behind))
-        return NodeStatus(self.node, self._peer, self._agent, self._since, tuple(tenants))
+        return NodeStatus(self.node, self._peer, self._agent, self._since, tuple(tenants), self.kind.value)
 
 
 def _behind(kind: str, wanted: Position, held: Position) -> str:

@@ -141,9 +141,10 @@ class FactsChanged(msgspec.Struct, frozen=True):
 
 
 class Connected(msgspec.Struct, frozen=True):
-    """A stream to a brain stands; `brain` is the id of its run."""
+    """A stream to a brain stands; `brain` is the id of its run. `sharded`: it has a part of the tenants."""
 
     brain: str
+    sharded: bool = False
 
 
 class Disconnected(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """What the agent shows of itself: the data behind the health server, `status` and `get tenants`."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vcproxy.node.agent import Agent
@@ -17,8 +17,10 @@ _COUNTERS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
-def health_of(agent: Agent, timeout: float = TIMEOUT) -> Health:
+def health_of(agent: Agent, timeout: float = TIMEOUT, *, awaited: int = 0) -> Health:
     """The agent's health. One that still starts is healthy and not ready.
+
+    `awaited`: of how many tenants brains that share them have yet to tell.
 
     A node that has not been told whether it is eligible is not, as one whose Node kube-proxy has not seen: it has
     nothing to forward yet.
@@ -36,6 +38,8 @@ def health_of(agent: Agent, timeout: float = TIMEOUT) -> Health:
     waiting_for = ""
     if not agent.informed:
         waiting_for = "the brain to name this node's tenants"
+    elif awaited:
+        waiting_for = f"{awaited} tenants to be told by the brains that share them"
     elif behind:
         waiting_for = f"{len(behind)} tenants to be programmed for the first time"
     return Health(progress.late(agent.waiting(), timeout), last_success, waiting_for, eligible)
@@ -46,10 +50,10 @@ def is_healthy(agent: Agent, timeout: float = TIMEOUT) -> bool:
     return not agent.started or not agent.progress.late(agent.waiting(), timeout)
 
 
-def status_of(agent: Agent, problems: Iterable[str] = ()) -> dict[str, Any]:
+def status_of(agent: Agent, problems: Iterable[str] = (), streams: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """What `status` shows. `healthy`: all tenants synced and committed, none stale, failing or with rejected ports.
 
-    `problems`: those that are not the agent's.
+    `problems`: those that are not the agent's. `streams`: from brains that share tenants.
     """
     progress, rows = agent.progress, tenant_rows(agent)
     troubled = any(
@@ -75,6 +79,7 @@ def status_of(agent: Agent, problems: Iterable[str] = ()) -> dict[str, Any]:
         "interfaces": len(agent.attached.interfaces),
         "addresses": len(agent.attached.addresses),
         "problems": [{"problem": problem} for problem in found],
+        "brains": list(streams),
         "tenants": rows,
         "counters": {name: int(metrics.value(counter, labels)) for name, (counter, labels) in _COUNTERS.items()},
     }

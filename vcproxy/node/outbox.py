@@ -73,6 +73,16 @@ class Outbox:
             (uid, "error"), distribution_pb2.Ack(tenant=uid, revision=revision, error=error[:LONGEST_TEXT] or "failed")
         )
 
+    def holds(self, known: distribution_pb2.Known) -> None:
+        """The brain asked what is held."""
+        self._waiting[known.tenant, "known"] = distribution_pb2.NodeMessage(known=known)
+        self._wake()
+
+    def ask(self, uid: str) -> None:
+        """Have the tenant offered anew."""
+        self._waiting[uid, "ask"] = distribution_pb2.NodeMessage(subscribe=distribution_pb2.Subscribe(tenant=uid))
+        self._wake()
+
     def refresh(self, uid: str) -> None:
         """What is held is wrong: send a snapshot."""
         self._waiting[uid, "refresh"] = distribution_pb2.NodeMessage(

@@ -38,7 +38,7 @@ from vcproxy.node.holdings import (
 )
 from vcproxy.node.outbox import Outbox
 from vcproxy.ops import logs, metrics
-from vcproxy.pb import convert, distribution_pb2, model_pb2
+from vcproxy.pb import convert, distribution_pb2, features, model_pb2
 from vcproxy.pb.convert import MalformedModel
 
 LARGEST_PART = 64 << 20
@@ -108,6 +108,11 @@ class Receiver:
         self._floors: dict[str, Mark] = {}  # as Hello said, until content of this stream was taken
         self._brain_at: dict[str, Mark] = {}
 
+    @property
+    def brain(self) -> str:
+        """The run of the brain that this stream stands to; "" while it does not."""
+        return self._brain if self._welcomed else ""
+
     def start(self, node: str, agent: str) -> bytes:
         """A stream begins: forget what belonged to the last one. Returns the Hello."""
         self.stop()
@@ -116,16 +121,8 @@ class Receiver:
             hello=distribution_pb2.Hello(
                 node=node,
                 agent=agent,
-                known=[
-                    distribution_pb2.Known(
-                        tenant=uid,
-                        revision=held.revision,
-                        brain=held.brain,
-                        digest=held.model.digest,
-                        mark=convert.encode_mark(held.mark),
-                    )
-                    for uid, held in self._holdings.tenants.items()
-                ],
+                features=(features.SHARDS,),
+                known=map(known, self._holdings.tenants.values()),
             )
         ).SerializeToString()
 
@@ -135,8 +132,9 @@ class Receiver:
         self._arriving.clear()
         self._floors.clear()
         self._brain_at.clear()
-        for held in self._holdings.tenants.values():
-            self._set_behind(held, "")
+        for uid, held in self._holdings.tenants.items():
+            if self._heeds("behind", uid):
+                self._set_behind(held, "")
         for timer in self._awaiting.values():
             if timer is not None:
                 timer.cancel()
@@ -152,6 +150,8 @@ class Receiver:
         kind = message.WhichOneof("message")
         if self._welcomed == (kind == "welcome"):
             raise ProtocolError("the first message, and only that, must be Welcome")
+        if not self._heeds(kind, getattr(getattr(message, kind), "tenant", "") if kind else ""):
+            return
         try:
             match kind:
                 case "welcome":
@@ -173,6 +173,8 @@ class Receiver:
                     self._fell_behind(message.behind)
                 case "removed":
                     self._removed(message.removed.tenant)
+                case "released":
+                    self._released(message.released.tenant)
                 case "complete":
                     self._sink(TenantsComplete(frozenset(map(convert.decode_uid, message.complete.tenants))))
                 case "placement":
@@ -188,12 +190,19 @@ class Receiver:
         """What the brain of this stream calls the content, None if it never sent it (another brain did)."""
         return self._recent.get(uid, {}).get(digest)
 
+    def _heeds(self, kind: str | None, uid: str) -> bool:
+        """Whether such a message is for this stream to say."""
+        return True
+
     def _welcome(self, message: distribution_pb2.Welcome) -> None:
+        self._begin(message.brain)
+        self._sink(Connected(message.brain, features.SHARDED in message.features))
+
+    def _begin(self, brain: str) -> None:
         self._welcomed = True
-        if message.brain != self._brain:
-            self._brain = message.brain
+        if brain != self._brain:
+            self._brain = brain
             self._recent.clear()
-        self._sink(Connected(message.brain))
 
     def _added(self, message: distribution_pb2.TenantAdded) -> None:
         tenant = convert.decode_tenant(message)
@@ -230,7 +239,7 @@ class Receiver:
 
     def behind(self) -> list[str]:
         """Tenants of which the brain sends nothing, since it may have less than this node."""
-        return [uid for uid, held in self._holdings.tenants.items() if held.behind]
+        return [uid for uid, held in self._holdings.tenants.items() if held.behind and self._heeds("behind", uid)]
 
     def _judge_age(self, held: Held) -> None:
         """Raises ModelMismatch if what the brain is about to send may be older than what is held."""
@@ -257,6 +266,9 @@ class Receiver:
         if held is not None:
             self._set_behind(held, "")
             self._sink(TenantGone(uid))
+
+    def _released(self, uid: str) -> None:
+        """This brain feeds the tenant no longer: of a stream that feeds alone that says nothing."""
 
     def _placement(self, message: distribution_pb2.Placement) -> None:
         put = {convert.decode_address(pod.address): convert.decode_uid(pod.tenant) for pod in message.put}
@@ -365,6 +377,17 @@ class Receiver:
         else:
             self._awaiting[uid] = None
             self._outbox.refresh(uid)
+
+
+def known(held: Held) -> distribution_pb2.Known:
+    """What a node says that it holds."""
+    return distribution_pb2.Known(
+        tenant=held.tenant.uid,
+        revision=held.revision,
+        brain=held.brain,
+        digest=held.model.digest,
+        mark=convert.encode_mark(held.mark),
+    )
 
 
 Before = Mapping[PortKey, ServicePort | None]

@@ -28,7 +28,7 @@ from vcproxy.node.localpolicy import ServiceId
 from vcproxy.node.look import health_of, is_healthy, status_of, tenant_rows
 from vcproxy.node.nodestate import node_rules
 from vcproxy.node.servicehealth import HealthCheckNodePorts, socket_limits
-from vcproxy.node.session import Session
+from vcproxy.node.sessions import Sessions
 from vcproxy.ops import admin, logs, metrics, views
 from vcproxy.ops.configfile import ConfigError
 from vcproxy.ops.events import Event, EventRecorder
@@ -68,7 +68,7 @@ class NodeAgent:
         if not config.brain.addresses:
             raise ConfigError("brain.addresses: name at least one host:port of the brain")
         self._not_served: set[str] = set()
-        self._session = Session(
+        self._sessions = Sessions(
             node=self.node,
             brains=config.brain.addresses,
             tls=config.brain,
@@ -82,7 +82,7 @@ class NodeAgent:
             node=self.node,
             backend=self._localhost.watch(backend) if rules.localhost else backend,
             holdings=self._holdings,
-            acknowledge=self._session,
+            acknowledge=self._sessions,
             memory=self._cache,
             attachments=config.attachments,
             rules=rules,
@@ -129,14 +129,14 @@ class NodeAgent:
                 group.create_task(self._agent.run())
                 group.create_task(self._health_checks.run())
                 group.create_task(self._cache.run())
-                group.create_task(self._session.run())
+                group.create_task(self._sessions.run())
                 group.create_task(self._localhost.run())
                 for served in late:
                     group.create_task(served.begin_later(self._not_served))
 
     def _served(self) -> "tuple[_Served, ...]":
         config = self._config
-        healthy = health.handlers(lambda: health_of(self._agent))
+        healthy = health.handlers(lambda: health_of(self._agent, awaited=self._sessions.awaited))
         pings = {"/healthz": health.ping, "/healthz/ping": health.ping}
         shown = {"/metrics": metrics.show, **pings, **configz.handlers(self._shown, mode=config.backend.name)}
         return (
@@ -172,7 +172,7 @@ class NodeAgent:
 
     def _routes(self) -> Mapping[str, admin.Provider]:
         return {
-            "/status": lambda _: status_of(self._agent, self._health_checks.problems()),
+            "/status": lambda _: status_of(self._agent, self._health_checks.problems(), self._sessions.streams()),
             "/tenants": lambda query: [
                 row for row in tenant_rows(self._agent) if query.get("tenant") in (None, row["uid"], row["name"])
             ],

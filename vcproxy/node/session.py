@@ -28,8 +28,10 @@ import grpc
 
 from vcproxy.backend.protocol import Rejection
 from vcproxy.node.holdings import Disconnected, Holdings, SessionEvent
+from vcproxy.node.offers import Offers
 from vcproxy.node.outbox import Outbox
 from vcproxy.node.receiver import ProtocolError, Receiver
+from vcproxy.node.share import Redundant, ShareReceiver
 from vcproxy.ops import logs, stopping
 
 METHOD = "/vcproxy.v1.Distribution/Watch"
@@ -41,6 +43,7 @@ LARGEST_MESSAGE = 16 << 20
 WELCOME_TIMEOUT = 10.0
 FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 10.0
+NEEDLESS_PAUSE = 60.0
 STABLE = 10.0
 """Seconds after which a stream that ends counts as a success: pauses start small again."""
 
@@ -80,11 +83,15 @@ class StreamEnded(Exception):
     """A stream could not be made, or is over; the text says why."""
 
 
+class NeedlessStream(StreamEnded):
+    """It leads to where another one leads."""
+
+
 class Session:
     """One node's connection to the brain. All methods belong to the event loop's thread.
 
     `brains`: host:port of every replica. `holdings` may have content from an earlier run. `sink` gets every event on
-    the loop and must be quick. Times in seconds.
+    the loop and must be quick. `offers`: the session is a content stream, one of several. Times in seconds.
     """
 
     def __init__(
@@ -95,6 +102,7 @@ class Session:
         tls: Tls,
         holdings: Holdings,
         sink: Callable[[SessionEvent], None],
+        offers: Offers | None = None,
         keepalive: float = 10.0,
         keepalive_timeout: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
@@ -106,6 +114,8 @@ class Session:
         self._node = node
         self._tls = tls
         self._sink = sink
+        self._shares = offers is not None
+        self.reason = "not connected yet"
         self._keepalive = keepalive
         self._keepalive_timeout = keepalive_timeout
         self._clock = clock
@@ -115,7 +125,18 @@ class Session:
         self._patience = PATIENCE
         self._wake = asyncio.Event()
         self._outbox = Outbox(self._wake.set, _call_later)
-        self._receiver = Receiver(holdings=holdings, sink=sink, outbox=self._outbox, call_later=_call_later)
+        how: dict[str, Any] = {
+            "holdings": holdings,
+            "sink": sink,
+            "outbox": self._outbox,
+            "call_later": _call_later,
+        }
+        self._receiver = ShareReceiver(offers=offers, by=self, **how) if offers is not None else Receiver(**how)
+
+    @property
+    def brain(self) -> str:
+        """The run of the brain that the stream stands to; "" for none."""
+        return self._receiver.brain
 
     async def run(self) -> Never:
         """Hold a stream for ever. Only cancellation ends it, and what the sink raises."""
@@ -126,9 +147,15 @@ class Session:
             try:
                 await stopping.heeded(self._stream(address))
             except* StreamEnded as group:
-                reason = str(_first(group))
-            _log.info("no stream", brain=address, reason=reason)
-            self._sink(Disconnected(reason))
+                ended = _first(group)
+            self.reason = str(ended)
+            if isinstance(ended, NeedlessStream):
+                _log.debug("no stream", brain=address, reason=self.reason)
+                await self._sleep(NEEDLESS_PAUSE)
+                continue
+            _log.info("no stream", brain=address, reason=self.reason)
+            if not self._shares:
+                self._sink(Disconnected(self.reason))
             if self._clock() - began >= STABLE:
                 # The one that just went away is the last to be asked again.
                 self._brains.append(self._brains.pop(attempt % len(self._brains)))
@@ -154,6 +181,10 @@ class Session:
         """The backend could not program this revision; it is tried again."""
         self._outbox.failed(uid, revision, error)
 
+    def ask(self, uid: str) -> None:
+        """Have the brain offer the tenant anew, if it still has it."""
+        self._outbox.ask(uid)
+
     def _pause(self, attempt: int) -> float:
         rounds = attempt // len(self._brains)
         longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(rounds, 16))
@@ -167,7 +198,7 @@ class Session:
             async with asyncio.TaskGroup() as group, self._channel(address) as channel:
                 call: Call = channel.stream_stream(METHOD)()
                 group.create_task(self._write(call, hello))
-                if not address.startswith("unix:"):
+                if not address.startswith("unix:") and not self._shares:
                     group.create_task(self._judge_brain())
                 try:
                     await self._read(call)
@@ -218,6 +249,8 @@ class Session:
             raise StreamEnded("the brain did not welcome this node in time") from None
         except grpc.aio.AioRpcError as error:
             raise StreamEnded(f"{error.code().name}: {error.details()}") from None
+        except Redundant as error:
+            raise NeedlessStream(str(error)) from None
         except ProtocolError as error:
             raise StreamEnded(f"what the brain sent makes no sense: {error}") from None
 

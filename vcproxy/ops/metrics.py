@@ -69,6 +69,12 @@ RELISTED = Counter(
     ["tenant"],
     registry=REGISTRY,
 )
+SHARDS = Gauge(
+    "vcproxy_shards", "Shards of tenants; held: fed by this brain, kept: followed by it", ["state"], registry=REGISTRY
+)
+SHARD_MOVES = Counter(
+    "vcproxy_shard_moves", "Shards that this brain took, and ended to feed", ["move"], registry=REGISTRY
+)
 NODES = Gauge("vcproxy_nodes_connected", "Node agents connected", registry=REGISTRY)
 SENT_BYTES = Tally("vcproxy_sent_bytes", "Bytes sent to nodes", "message", registry=REGISTRY)
 COMPILE = Histogram("vcproxy_compile_seconds", "From watch event to new revision", buckets=_SECONDS, registry=REGISTRY)
@@ -90,6 +96,7 @@ FAILURES = Counter(
 REPAIRS = Counter("vcproxy_repairs", "Times that foreign changes to the table were mended", registry=REGISTRY)
 CACHE_FAILURES = Counter("vcproxy_cache_failures", "Times the last good state could not be written", registry=REGISTRY)
 CONNECTED = Gauge("vcproxy_brain_connected", "1 while the stream from a brain is up", registry=REGISTRY)
+FEEDERS = Gauge("vcproxy_content_streams", "Streams up from brains that share tenants", registry=REGISTRY)
 BEHIND = Gauge(
     "vcproxy_tenants_brain_behind", "Tenants of which the brain may have less than this node", registry=REGISTRY
 )

@@ -70,6 +70,7 @@ class NodeMessage(_message.Message):
     ACK_FIELD_NUMBER: _builtins.int
     SUBSCRIBE_FIELD_NUMBER: _builtins.int
     UNSUBSCRIBE_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -78,6 +79,10 @@ class NodeMessage(_message.Message):
     def subscribe(self) -> Global___Subscribe: ...
     @_builtins.property
     def unsubscribe(self) -> Global___Unsubscribe: ...
+    @_builtins.property
+    def known(self) -> Global___Known:
+        """the answer to TenantAdded.asks"""
+
     def __init__(
         self,
         *,
@@ -85,12 +90,13 @@ class NodeMessage(_message.Message):
         ack: Global___Ack | None = ...,
         subscribe: Global___Subscribe | None = ...,
         unsubscribe: Global___Unsubscribe | None = ...,
+        known: Global___Known | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "hello", b"hello", "message", b"message", "subscribe", b"subscribe", "unsubscribe", b"unsubscribe"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "hello", b"hello", "known", b"known", "message", b"message", "subscribe", b"subscribe", "unsubscribe", b"unsubscribe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "hello", b"hello", "message", b"message", "subscribe", b"subscribe", "unsubscribe", b"unsubscribe"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "hello", b"hello", "known", b"known", "message", b"message", "subscribe", b"subscribe", "unsubscribe", b"unsubscribe"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "ack", "subscribe", "unsubscribe"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "ack", "subscribe", "unsubscribe", "known"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -98,6 +104,10 @@ Global___NodeMessage: _TypeAlias = NodeMessage  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
+    """`features`: "shards": this agent knows of brains that share tenants; "content": a stream of tenants' contents only,
+    beside another one that says the rest; `known` is empty then.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_FIELD_NUMBER: _builtins.int
@@ -321,6 +331,7 @@ class BrainMessage(_message.Message):
     FACTS_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
     BEHIND_FIELD_NUMBER: _builtins.int
+    RELEASED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -343,6 +354,8 @@ class BrainMessage(_message.Message):
     def complete(self) -> Global___TenantsComplete: ...
     @_builtins.property
     def behind(self) -> Global___TenantBehind: ...
+    @_builtins.property
+    def released(self) -> Global___TenantReleased: ...
     def __init__(
         self,
         *,
@@ -357,12 +370,13 @@ class BrainMessage(_message.Message):
         facts: Global___NodeFacts | None = ...,
         complete: Global___TenantsComplete | None = ...,
         behind: Global___TenantBehind | None = ...,
+        released: Global___TenantReleased | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "released", b"released", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "released", b"released", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "added", "snapshot", "delta", "synced", "stale", "removed", "placement", "facts", "complete", "behind"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "added", "snapshot", "delta", "synced", "stale", "removed", "placement", "facts", "complete", "behind", "released"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -370,6 +384,8 @@ Global___BrainMessage: _TypeAlias = BrainMessage  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
+    """`features`: "content": content streams are understood; "sharded": this brain has a part of the tenants, ask all."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BRAIN_FIELD_NUMBER: _builtins.int
@@ -407,8 +423,11 @@ class TenantAdded(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     VIRTUAL_RANGES_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
+    ASKS_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     name: _builtins.str
+    asks: _builtins.bool
+    """the tenant is this brain's from now on: say what is held (Known), content follows"""
     @_builtins.property
     def virtual_ranges(self) -> _containers.RepeatedCompositeFieldContainer[_model_pb2.Prefix]: ...
     @_builtins.property
@@ -420,10 +439,11 @@ class TenantAdded(_message.Message):
         name: _builtins.str = ...,
         virtual_ranges: _abc.Iterable[_model_pb2.Prefix] | None = ...,
         mark: _abc.Iterable[Global___Position] | None = ...,
+        asks: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mark", b"mark", "name", b"name", "tenant", b"tenant", "virtual_ranges", b"virtual_ranges"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asks", b"asks", "mark", b"mark", "name", b"name", "tenant", b"tenant", "virtual_ranges", b"virtual_ranges"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -601,6 +621,29 @@ class TenantBehind(_message.Message):
 Global___TenantBehind: _TypeAlias = TenantBehind  # noqa: Y015
 
 @_typing.final
+class TenantReleased(_message.Message):
+    """On a content stream: this brain feeds the tenant no longer (its shard is another's, or it has no pods on the node by
+    what this brain knows). Keep what you have; what is to be removed the other stream says.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantReleased: _TypeAlias = TenantReleased  # noqa: Y015
+
+@_typing.final
 class TenantStale(_message.Message):
     """The tenant's API server cannot be reached: keep what you have. `since`: Unix nanoseconds; 0: it is well again."""
 
@@ -651,7 +694,8 @@ Global___TenantRemoved: _TypeAlias = TenantRemoved  # noqa: Y015
 @_typing.final
 class TenantsComplete(_message.Message):
     """Every tenant of this node, synced or not, once a brain has listed all its sources: what else the node holds or has
-    programmed is nobody's and may go. A brain that is still discovering does not say this.
+    programmed is nobody's and may go. A brain that is still discovering does not say this. A sharded brain says it again
+    whenever it changes, in place of TenantRemoved.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

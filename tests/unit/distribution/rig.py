@@ -5,7 +5,7 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -19,6 +19,7 @@ from vcproxy.model.tenant import Tenant
 from vcproxy.node.config import BrainAddress
 from vcproxy.node.holdings import Holdings, SessionEvent, TenantChanged, TenantSynced
 from vcproxy.node.session import METHOD, Session
+from vcproxy.node.sessions import Sessions
 from vcproxy.ops.pki import Authority, KeyPair
 from vcproxy.pb import distribution_pb2
 
@@ -153,9 +154,10 @@ async def brain(
     store: Store | None = None,
     limits: Limits | None = None,
     port: int = 0,
+    sharded: bool = False,
 ) -> AsyncIterator[Brain]:
     store = store or Store()
-    distributor = Distributor(store=store, placement=placement, limits=limits)
+    distributor = Distributor(store=store, placement=placement, limits=limits, sharded=sharded)
     bound: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     listen = certificates.listen()
     if port:
@@ -174,7 +176,7 @@ async def brain(
 
 
 class Node:
-    def __init__(self, holdings: Holdings, session: Session, events: list[SessionEvent]) -> None:
+    def __init__(self, holdings: Holdings, session: Session | Sessions, events: list[SessionEvent]) -> None:
         self.holdings = holdings
         self.session = session
         self.events = events
@@ -195,8 +197,12 @@ async def node(
     holdings: Holdings | None = None,
     keepalive: float = 10.0,
     commit: bool = False,
+    all_streams: bool = False,
 ) -> AsyncIterator[Node]:
-    """A node's session, running. `commit`: it acknowledges every content as programmed, as an agent would."""
+    """A node's session, running. `commit`: it acknowledges every content as programmed, as an agent would.
+
+    `all_streams`: it has further ones to brains that share tenants, as an agent has.
+    """
     held = holdings if holdings is not None else Holdings()
     events: list[SessionEvent] = []
 
@@ -209,17 +215,18 @@ async def node(
     async def pause(_: float) -> None:
         await asyncio.sleep(0.02)
 
-    session = Session(
-        node=name,
-        brains=brains,
-        tls=tls,
-        holdings=held,
-        sink=sink,
-        keepalive=keepalive,
-        keepalive_timeout=keepalive,
-        sleep=pause,
-        chance=random.Random(1),
-    )
+    how: dict[str, Any] = {
+        "node": name,
+        "brains": brains,
+        "tls": tls,
+        "holdings": held,
+        "sink": sink,
+        "keepalive": keepalive,
+        "keepalive_timeout": keepalive,
+        "sleep": pause,
+        "chance": random.Random(1),
+    }
+    session = Sessions(every=0.05, **how) if all_streams else Session(**how)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(session.run())
         try:

@@ -124,8 +124,17 @@ def test_subscribers_are_told_of_changes_and_of_nothing_else() -> None:
     store.add_tenant(ACME)
     store.set_synced("acme-1")
     store.set_stale("acme-1", None)
-    store.remove_tenant("unknown")
+    store.drop("unknown")
+    store.withhold("acme-1", False)
+    store.withhold("unknown", True)
+    store.expect("unknown")
     assert told == []
+    store.remove_tenant("unknown")  # another brain's: that it is gone counts for nodes all the same
+    assert told == ["unknown"]
+    assert store.gone("unknown")
+    store.expect("unknown")
+    assert not store.gone("unknown")
+    told.clear()
     store.add_tenant(Tenant("acme-1", "renamed"))
     store.set_stale("acme-1", 1.0, "down")
     store.update("acme-1", [service_port("web", 1)], [])
