@@ -52,6 +52,7 @@ KINDS = {
     "Secret": "/api/v1/secrets",
     "Event": "/api/v1/events",
     "EndpointSlice": "/apis/discovery.k8s.io/v1/endpointslices",
+    "Lease": "/apis/coordination.k8s.io/v1/leases",
     "ServiceCIDR": "/apis/networking.k8s.io/v1/servicecidrs",
     "VirtualCluster": "/apis/tenancy.x-k8s.io/v1alpha1/virtualclusters",
 }
@@ -396,6 +397,9 @@ class FakeApiServer:
             gone = kept.get((namespace, name or ""))
             if gone is None:
                 return failure(404, f"{name!r} not found")
+            wanted = (json.loads(await request.read() or b"{}").get("preconditions") or {}).get("resourceVersion")
+            if wanted not in (None, gone["metadata"]["resourceVersion"]):
+                return failure(409, f"{name!r} is another one", reason="Conflict")
             self.delete(gone["kind"], namespace, name or "", path=path)
             return _json(gone)
         body = await request.json()
@@ -409,6 +413,9 @@ class FakeApiServer:
         old = kept.get((namespace, name or ""))
         if old is None:
             return failure(404, f"{name!r} not found")
+        wanted = body["metadata"].get("resourceVersion") if request.method == "PUT" else None
+        if wanted not in (None, old["metadata"]["resourceVersion"]):
+            return failure(409, f"{name!r} has been modified", reason="Conflict")
         new = _merge(old, body) if request.method == "PATCH" else {**body, "metadata": {**body["metadata"]}}
         return _json(self.put(old["kind"], new, path=path))
 

@@ -275,6 +275,32 @@ class Tenants(Section, frozen=True):
     ] = 120.0
 
 
+class Sharding(Section, frozen=True):
+    """Brains that share tenants: each feeds those of the shards whose Leases in the super cluster it holds."""
+
+    shards: Annotated[
+        int,
+        Meta(ge=1, le=1024, description="into how many tenants are divided; the same for all brains, some for each"),
+    ]
+    namespace: Annotated[str, Meta(min_length=1, description="of the Leases, in the super cluster")] = "vcproxy-system"
+    lease_seconds: Annotated[
+        int, Meta(ge=1, le=3600, description="after which another brain takes what is not renewed")
+    ] = 15
+    renew_seconds: Annotated[
+        float, Meta(gt=0, description="after which a brain that cannot renew gives up; less than leaseSeconds")
+    ] = 10.0
+    retry_seconds: Annotated[float, Meta(gt=0, description="between renewals; renewSeconds is at least twice that")] = (
+        2.0
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if self.lease_seconds <= self.renew_seconds:
+            raise ValueError("leaseSeconds must be more than renewSeconds: what is between them is the safety margin")
+        if self.renew_seconds < 2 * self.retry_seconds:
+            raise ValueError("renewSeconds must be at least twice retrySeconds")
+
+
 class BrainConfiguration(Section, frozen=True):
     """The brain."""
 
@@ -283,6 +309,9 @@ class BrainConfiguration(Section, frozen=True):
         SuperCluster | None, Meta(description="null: no super cluster; then tenants' own manifests say where pods run")
     ] = SuperCluster()
     tenants: Tenants = Tenants()
+    sharding: Annotated[
+        Sharding | None, Meta(description="null: every brain feeds all tenants; else brains share them")
+    ] = None
     state_directory: Annotated[
         str,
         Meta(
@@ -298,3 +327,10 @@ class BrainConfiguration(Section, frozen=True):
         str, Meta(description="debug, info, warning or error", pattern="^(debug|info|warning|error)$")
     ] = "info"
     log_format: Annotated[str, Meta(description="json or text", pattern="^(json|text)$")] = "json"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if self.sharding is not None and self.super_cluster is None:
+            raise ValueError("sharding needs superCluster: that is where Leases are; else leave sharding null")
+        if self.sharding is not None and self.super_cluster is not None and self.super_cluster.node:
+            raise ValueError("sharding is for brains that serve all nodes: leave superCluster.node empty")

@@ -33,6 +33,7 @@ class View(msgspec.Struct, frozen=True):
     feeds: Callable[[], Mapping[str, Feed]]
     nodes: Callable[[], Sequence[NodeStatus]]
     problems: Callable[[], Iterable[Problem]]
+    sharding: Callable[[], Mapping[str, Any]] | None = None
 
 
 def routes(view: View) -> Mapping[str, Provider]:
@@ -60,6 +61,7 @@ def status(view: View) -> dict[str, Any]:
         "healthy": view.placement.ready and not (troubled or problems or any(row["rejections"] for row in nodes)),
         "ready": view.placement.ready,
         "problems": problems,
+        "sharding": view.sharding() if view.sharding is not None else None,
         "tenants": tenants,
         "nodes": nodes,
     }
@@ -105,6 +107,7 @@ def node_rows(view: View) -> list[dict[str, Any]]:
             "connected": round(time.time() - found.connected_since, 3),
             "connectedSince": found.connected_since,
             "peer": found.peer,
+            "stream": found.stream,
             "agent": found.agent,
             "tenants": len(found.tenants),
             "behind": [tenant.uid for tenant in found.tenants if not tenant.current],

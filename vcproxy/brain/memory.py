@@ -18,7 +18,7 @@ one. Writing is lazy and sparing (ops.statedir), and a file is not written again
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from pathlib import Path
 
@@ -79,19 +79,23 @@ class Memory:
         self._files = StateDirectory(directory, self._job, delay=delay, rest=REST)
         self._written: dict[str, tuple[bytes, Tenant]] = {}
         self._told: set[str] = set()  # whose rules have changed since
+        self._nobodys: set[str] = set()
 
     def load(self) -> int:
         """Hand the store all that is usable; returns how many tenants. Blocks; never raises."""
-        try:
-            paths = statedir.listing(self._directory)
-        except OSError as error:
-            _log.error("the last good state cannot be read", path=str(self._directory), error=str(error))
-            return 0
-        found = [self._read(path) for path in paths if path.suffix == SUFFIX]
-        remembered = [one for one in found if one is not None]
-        self._store.remember(remembered)
-        self._written = {one.tenant.uid: (one.model.digest, one.tenant) for one in remembered}
-        return len(remembered)
+        return len([uid for uid in self._uids() if self.recall(uid)])
+
+    def recall(self, uid: str) -> bool:
+        """Hand the store what there is of one tenant, as `load` does; call before it is added. Blocks; never raises."""
+        path = self._directory / (uid + SUFFIX)
+        if not UID.fullmatch(uid) or not path.exists():
+            return False
+        one = self._read(path)
+        if one is None:
+            return False
+        self._store.remember((one,))
+        self._written[uid] = (one.model.digest, one.tenant)
+        return True
 
     def changed(self, uid: str) -> None:
         """The store's subscriber."""
@@ -111,11 +115,22 @@ class Memory:
         """Write all that is out of date now; at the end of the process."""
         await self._files.flush()
 
-    def prune(self) -> None:
-        """Every tenant there is, is in the store: forget the others, and delete their files."""
-        for uid in self._store.forget_remembered():
-            self._written.pop(uid, None)
-            self._files.note(uid + SUFFIX, gone=True)
+    def prune(self, known: Container[str]) -> None:
+        """These are all tenants there are: forget the others, and delete their files. A look at the directory."""
+        self._store.forget_remembered()
+        for uid in self._uids():
+            if uid not in known:
+                self._written.pop(uid, None)
+                self._nobodys.add(uid)
+                self._files.note(uid + SUFFIX, gone=True)
+
+    def _uids(self) -> list[str]:
+        """Of which tenants there are files."""
+        try:
+            return [path.stem for path in statedir.listing(self._directory) if path.suffix == SUFFIX]
+        except OSError as error:
+            _log.error("the last good state cannot be read", path=str(self._directory), error=str(error))
+            return []
 
     def _job(self, name: str) -> Job | None:
         path, uid = self._directory / name, name.removesuffix(SUFFIX)
@@ -123,8 +138,9 @@ class Memory:
             _log.error("a tenant's uid cannot be the name of a file; it is not remembered", tenant=uid)
             return None
         stored = self._store.tenants().get(uid)
-        if stored is None:
-            return lambda: path.unlink(missing_ok=True)
+        if stored is None:  # gone, or another brain's now
+            gone = self._store.gone(uid) or uid in self._nobodys
+            return partial(path.unlink, missing_ok=True) if gone else None
         content = (stored.model.digest, stored.tenant)
         if not stored.synced or stored.restored or self._written.get(uid) == content:
             return None

@@ -12,6 +12,8 @@ at the end: streams close, nodes keep what they have.
 
 import asyncio
 import contextlib
+import re
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -23,13 +25,16 @@ from vcproxy.brain import look
 from vcproxy.brain.apiservers import ApiServers
 from vcproxy.brain.config import BrainConfiguration
 from vcproxy.brain.distribution import Distributor
+from vcproxy.brain.election import Timing
 from vcproxy.brain.feed import Feed
 from vcproxy.brain.grants import Grants
 from vcproxy.brain.guard import UNRESTRICTED, Policy
+from vcproxy.brain.leases import LeaseClient
 from vcproxy.brain.memory import Memory
 from vcproxy.brain.ownership import Ownership, Rights
 from vcproxy.brain.placement import Placement, Scope
 from vcproxy.brain.policies import Policies
+from vcproxy.brain.sharding import Sharding
 from vcproxy.brain.sources import Problem, catalogue
 from vcproxy.brain.sources.attribution import Owners
 from vcproxy.brain.store import Store
@@ -44,6 +49,7 @@ from vcproxy.ops.configfile import ConfigError
 from vcproxy.ops.stopping import until_stopped
 
 TICK_SECONDS = 1.0
+_HOST = re.compile("[^a-z0-9]+")
 
 _log = logs.get("brain")
 
@@ -55,9 +61,10 @@ class Brain:
         self._config = config
         self.store = Store()
         self.placement = Placement(linger_seconds=config.tenants.linger_seconds)
-        self.distributor = Distributor(store=self.store, placement=self.placement)
+        self.distributor = Distributor(store=self.store, placement=self.placement, sharded=config.sharding is not None)
         self._super: SuperClusterFeed | None = None
         self._began = time.monotonic()
+        self._litter = False  # tenants were let go to other brains
         self._loading: set[str] = set()  # tenants of the first load that are neither synced nor out of reach
         self._stale: dict[str, float] = {}  # as the metric has it
         wanted = config.super_cluster
@@ -81,6 +88,7 @@ class Brain:
             if config.state_directory
             else None
         )
+        self._sharding = self._shared()
         self._vouched.subscribe(lambda uid: self.ownership.put_api_servers(uid, self._vouched.api_servers(uid)))
         self.tenants = Tenants(
             catalogue.made(config.tenants.sources, self._access, self._owners, self._vouched),
@@ -94,6 +102,32 @@ class Brain:
             scope=Scope.PLACED if config.super_cluster and config.super_cluster.pods else Scope.EVERY_NODE_UNTIL_PLACED,
             completed=self._judge_ready,
             changed=self.policies.touch,
+            share=self._sharding,
+            recall=self._memory.recall if self._memory is not None and self._sharding is not None else lambda uid: None,
+        )
+
+    def _shared(self) -> Sharding | None:
+        """How brains share tenants; None: they do not."""
+        config, access = self._config.sharding, self._access
+        if config is None or access is None:
+            return None
+        timing = Timing(config.lease_seconds, config.renew_seconds, config.retry_seconds)
+        me = f"{_HOST.sub('-', socket.gethostname().lower())[:40]}-{self.store.brain_id}"
+        leases = LeaseClient(
+            lambda: access.credentials,
+            namespace=config.namespace,
+            me=me,
+            shards=config.shards,
+            lease_seconds=config.lease_seconds,
+            timeout=config.renew_seconds / 2,
+        )
+        return Sharding(
+            leases,
+            me=me,
+            shards=config.shards,
+            timing=timing,
+            ready=lambda: self.placement.ready,
+            changed=self._reshare,
         )
 
     async def run(self, stop: asyncio.Event | None = None) -> None:
@@ -107,7 +141,8 @@ class Brain:
     async def _serve(self) -> None:
         config = self._config
         if self._memory is not None:
-            remembered = await asyncio.to_thread(self._memory.load)
+            # With shards a tenant is read when its shard comes: to hold the others' would be to hold all.
+            remembered = 0 if self._sharding is not None else await asyncio.to_thread(self._memory.load)
             _log.info("last good contents were read", path=config.state_directory, tenants=remembered)
         if config.super_cluster is not None and self._access is not None:
             self._super = SuperClusterFeed(
@@ -127,6 +162,7 @@ class Brain:
             feeds=self._feeds,
             nodes=self.distributor.nodes,
             problems=self._problems,
+            sharding=self._sharding.status if self._sharding is not None else None,
         )
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._serving_metrics())
@@ -143,6 +179,8 @@ class Brain:
                     group.create_task(self.policies.run())
                 group.create_task(self.tenants.run())
                 group.create_task(self._keep_time())
+                if self._sharding is not None:
+                    group.create_task(self._sharding.run())
                 if self._memory is not None:
                     group.create_task(self._memory.run())
                 group.create_task(self.distributor.serve(config.listen))
@@ -160,6 +198,8 @@ class Brain:
             if self._access.problem:
                 found.append(Problem("superCluster.kubeconfig", self._access.problem))
         found.extend(Problem(subject, message) for subject, message in self.policies.problems())
+        if self._sharding is not None and self._sharding.problem:
+            found.append(Problem("sharding", self._sharding.problem))
         return [*found, *self.tenants.problems()]
 
     def _policy_of(self, uid: str) -> Policy | None:
@@ -204,10 +244,18 @@ class Brain:
         if located and self.tenants.complete and not self.placement.ready:
             self.placement.set_ready()
             if self._memory is not None:
-                self._memory.prune()
-            _log.info("ready: every tenant is known, and where pods run", tenants=len(self.store.tenants()))
-            self._loading = {uid for uid in self._feeds() if self._awaited(uid)}
-            self._judge_loaded()
+                self._memory.prune({*self.tenants.uids, *self.store.tenants()})
+            _log.info("ready: every tenant is known, and where pods run", tenants=len(self.tenants.uids))
+            self._await_load()
+
+    def _reshare(self) -> None:
+        self._litter |= self.tenants.reshare()
+        self._began = time.monotonic()
+        self._await_load()
+
+    def _await_load(self) -> None:
+        self._loading = {uid for uid in self._feeds() if self._awaited(uid)}
+        self._judge_loaded()
 
     def _awaited(self, uid: str) -> bool:
         """Whether a tenant is neither synced nor out of reach."""
@@ -226,6 +274,9 @@ class Brain:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self.placement.expire()
+            if self._litter and not self._loading:
+                self._litter = False
+                garbage.sweep()
             held = self.store.tenants().values()
             synced = sum(1 for stored in held if stored.synced and not stored.restored)
             metrics.TENANTS.labels("synced").set(synced)

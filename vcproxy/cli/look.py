@@ -122,6 +122,8 @@ def _print_explanation(answer: Mapping[str, Any]) -> None:
 
 TENANTS = ("uid", "name", "synced", "revision", "ports", "endpoints", "refused", "staleSince", "staleReason")
 ON_NODE = ("uid", "name", "synced", "revision", "committedRevision", "committedAt", "rejected", "staleSince", "error")
+BRAINS = ("address", "brain", "tenants", "disconnected")
+SHARES = ("brain", "shards")
 STREAMS = ("node", "connectedSince", "tenant", "sent", "received", "committed", "current", "lagSeconds", "rejections")
 
 
@@ -130,6 +132,13 @@ def _print_status(answer: Mapping[str, Any]) -> None:
     click.echo(f"{facts.pop('role')}: " + ", ".join(f"{key} {_plain(value)}" for key, value in facts.items()))
     for found in answer["problems"]:
         click.secho(f"problem: {found['problem']}", fg="yellow")
+    if sharding := answer.get("sharding"):
+        click.echo()
+        rows = [{"brain": name, "shards": _ranges(shards)} for name, shards in sharding["brains"].items()]
+        table([*rows, {"brain": "nobody", "shards": _ranges(sharding["nobodys"])}], SHARES)
+    if answer.get("brains"):
+        click.echo()
+        table(answer["brains"], BRAINS)
     if answer["tenants"]:
         click.echo()
         table(map(_readable, answer["tenants"]), TENANTS if answer["role"] == "brain" else ON_NODE)
@@ -145,6 +154,17 @@ def _print_status(answer: Mapping[str, Any]) -> None:
         for uid, row in node["byTenant"].items():
             if row["behind"]:
                 click.secho(f"behind node {node['node']}: {uid}: {row['behind']}", fg="yellow")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0-3, 7: sorted numbers, those in a row together."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _streams(nodes: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

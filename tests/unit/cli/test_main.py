@@ -95,6 +95,42 @@ STATUS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("answer", "lines"),
+    [
+        (
+            {
+                "role": "brain",
+                "sharding": {"brains": {"host-1": [0, 1, 2, 5], "host-2": [3, 4]}, "nobodys": [6]},
+            },
+            ["host-1 0-2, 5", "host-2 3-4", "nobody 6"],
+        ),
+        (
+            {
+                "role": "node",
+                "brains": [
+                    {"address": "192.0.2.1:7443", "brain": "ab", "tenants": 3, "disconnected": None},
+                    {"address": "192.0.2.2:7443", "brain": None, "tenants": 0, "disconnected": "refused"},
+                ],
+            },
+            ["192.0.2.1:7443 ab 3 -", "192.0.2.2:7443 - 0 refused"],
+        ),
+    ],
+    ids=["brain", "node"],
+)
+def test_status_shows_who_has_which_shards(
+    answer: dict[str, object], lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fetch(path: str, route: str, parameters: object = None) -> object:
+        return {"healthy": True, "problems": [], "tenants": [], **answer}
+
+    monkeypatch.setattr(admin, "fetch", fetch)
+    result = CliRunner().invoke(main, ["status", "--socket", str(tmp_path / "x")])
+    assert result.exit_code == 0, result.output
+    shown = [" ".join(line.split()) for line in result.output.splitlines()]
+    assert [line for line in lines if line not in shown] == [], result.output
+
+
 @pytest.mark.parametrize("output", ["table", "json", "yaml"])
 def test_status_prints_what_the_socket_says(tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fetch(path: str, route: str, parameters: object = None) -> object:
