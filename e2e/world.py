@@ -290,6 +290,7 @@ def running(
     replicas: Sequence[str] = ("brain",),
     apart: bool = False,
     environment: Callable[[str], Mapping[str, str]] = lambda name: {},
+    sharding: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Iterator[World]:
     """A running world with these tenants by network; None for a folder of manifests.
@@ -297,10 +298,12 @@ def running(
     `tenants`: further fields of the BrainConfiguration's `tenants`; `settings`: of the NodeConfiguration. `replicas`:
     brains that agents know; the first one is started. `apart`: the brain is on a machine of its own, BRAIN: nodes reach
     it over the fabric, and it reaches API servers through relays. `environment`: further variables of a process.
+    `sharding`: of the BrainConfiguration.
     """
     brain = {
         "superCluster": {"kubeconfig": str(super_plane.kubeconfig)},
         "tenants": {"sources": [{"directory": {"path": str(directory / "tenants")}}], **(tenants or {})},
+        "sharding": sharding,
     }
     with ExitStack() as stack:
         lab = stack.enter_context(Lab("vcp-e2e"))
