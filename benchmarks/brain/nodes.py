@@ -22,6 +22,7 @@ import uvloop
 
 from benchmarks.brain.http2 import Call
 from vcproxy.lab.cluster import BRAIN_NAME
+from vcproxy.pb import features
 from vcproxy.pb.distribution_pb2 import COMMITTED, Ack, BrainMessage, Delta, Hello, NodeMessage
 
 
@@ -33,13 +34,19 @@ class Node:
         self._synced: set[str] = set()
         self._wanted: frozenset[str] | None = None
         self.ready = asyncio.Event()
-        hello = NodeMessage(hello=Hello(node=name, agent="benchmark"))
+        hello = NodeMessage(hello=Hello(node=name, agent="benchmark", features=[features.BATCH]))
         self.call = Call(hello.SerializeToString(), self.said)
 
     def said(self, call: Call, raw: memoryview) -> None:
         """A message of the brain."""
         now = time.time()
         message = BrainMessage.FromString(raw)
+        for each in message.batch.messages if message.HasField("batch") else (message,):
+            self._act(each, now)
+        if self._wanted is not None and self._synced >= self._wanted:
+            self.ready.set()
+
+    def _act(self, message: BrainMessage, now: float) -> None:
         match message.WhichOneof("message"):
             case "delta":
                 self._nodes.deltas.append((now, message.delta))
@@ -49,8 +56,6 @@ class Node:
                 self._synced.add(message.synced.tenant)
             case "complete":
                 self._wanted = frozenset(message.complete.tenants)
-        if self._wanted is not None and self._synced >= self._wanted:
-            self.ready.set()
 
     def _acknowledge(self, delta: Delta) -> None:
         ack = Ack(tenant=delta.tenant, revision=delta.to, digest=delta.digest, stage=COMMITTED, microseconds=100)

@@ -21,6 +21,7 @@ import grpc
 import msgspec
 from google.protobuf.message import DecodeError
 
+from vcproxy.brain import encoding
 from vcproxy.brain.admission import Admission
 from vcproxy.brain.certificates import ServerCertificates
 from vcproxy.brain.config import Listen
@@ -244,13 +245,15 @@ class _Connection:
 
 async def _write(stream: Stream, event: asyncio.Event, context: Context) -> None:
     while True:
-        message = stream.next_message()
-        if message is None:
+        messages = stream.next_messages()
+        if not messages:
             event.clear()
             await event.wait()
             continue
-        await context.write(message.data)
-        metrics.SENT_BYTES.add(message.kind, len(message.data))
+        data = [message.data for message in messages]
+        await context.write(data[0] if len(data) == 1 else encoding.encode_batch(data))
+        for message in messages:
+            metrics.SENT_BYTES.add(message.kind, len(message.data))
 
 
 async def _read(stream: Stream, requests: AsyncIterator[bytes]) -> None:

@@ -26,6 +26,8 @@ CHUNK_OCTETS = 256 << 10
 WORTH_COMPRESSING = 1024
 
 _DELTA_FIELD = distribution_pb2.BrainMessage.DELTA_FIELD_NUMBER
+_BATCH_FIELD = distribution_pb2.BrainMessage.BATCH_FIELD_NUMBER
+_MESSAGES_FIELD = distribution_pb2.Batch.MESSAGES_FIELD_NUMBER
 _OPERATIONS_FIELD = distribution_pb2.Delta.OPERATIONS_FIELD_NUMBER
 
 
@@ -94,6 +96,11 @@ def encode_delta(
     body = header.SerializeToString()
     length = len(body) + sum(map(len, operations))
     return b"".join((_prelude(_DELTA_FIELD, length), body, *operations))
+
+
+def encode_batch(messages: Sequence[bytes]) -> bytes:
+    """One BrainMessage of several."""
+    return _field(_BATCH_FIELD, b"".join([_field(_MESSAGES_FIELD, message) for message in messages]))
 
 
 def _field(number: int, body: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """What one node is sent next: the whole of the distribution's logic, without I/O.
 
 A stream has no queue. It knows what the node holds of each tenant (by digest) and which tenants may be out of date,
-and makes the next message only when the transport is ready to take one: so a slow node gets the newest state, in
+and makes the next messages only when the transport is ready to take some: so a slow node gets the newest state, in
 fewer and larger steps, and costs no memory. Tenants take turns, one message each, and parts of a snapshot are messages
 like any other: a huge tenant never delays a small one.
 
@@ -34,6 +34,9 @@ from vcproxy.model.mark import UNMARKED, Mark, Position, lacking
 from vcproxy.model.node import NodeFacts
 from vcproxy.model.tenant import EMPTY_DIGEST, SUPER_UID, Tenant
 from vcproxy.pb import convert, distribution_pb2, features
+
+BATCH_OCTETS = 64 << 10
+"""What is sent in one go, plus one message: of that size is a flow-control window of HTTP/2."""
 
 
 class Placement(Protocol):
@@ -136,6 +139,7 @@ class Stream:
         self._clock = clock
         marks, unheard = greeting.marks, greeting.unheard
         self.kind = greeting.kind(sharded=sharded)
+        self._batches = features.BATCH in greeting.features
         self._features = (features.CONTENT, *((features.SHARDED,) if sharded else ()))
         self._told = {
             uid: _Tenant(held, clock, marks.get(uid, UNMARKED), unheard.get(uid, frozenset()))
@@ -174,8 +178,23 @@ class Stream:
         for told in self._told.values():
             told.forget_snapshot()
 
+    def next_messages(self) -> list[Message]:
+        """What to send now in one go, taken as sent; []: nothing until `wake` is called.
+
+        All that waits, within bounds: the transport says when it can take more, and on a busy machine that takes much
+        longer than a message lasts. One by one they would queue for it, and be older with each.
+        """
+        found: list[Message] = []
+        octets = 0
+        while (message := self.next_message()) is not None:
+            found.append(message)
+            octets += len(message.data)
+            if not self._batches or octets >= BATCH_OCTETS or message.kind == "welcome":
+                break
+        return found
+
     def next_message(self) -> Message | None:
-        """What to send now, taken as sent; None: nothing until `wake` is called."""
+        """The next one of them, alone."""
         if not self._welcomed:
             self._welcomed = True
             return Message("welcome", encoding.encode_welcome(self._store.brain_id, self._version, self._features))

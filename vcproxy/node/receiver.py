@@ -121,7 +121,7 @@ class Receiver:
             hello=distribution_pb2.Hello(
                 node=node,
                 agent=agent,
-                features=(features.SHARDS,),
+                features=(features.BATCH, features.SHARDS),
                 known=map(known, self._holdings.tenants.values()),
             )
         ).SerializeToString()
@@ -147,7 +147,13 @@ class Receiver:
             message = distribution_pb2.BrainMessage.FromString(raw)
         except DecodeError:
             raise ProtocolError("a message is not a vcproxy.v1.BrainMessage") from None
+        for each in message.batch.messages if message.HasField("batch") else (message,):
+            self._act(each)
+
+    def _act(self, message: distribution_pb2.BrainMessage) -> None:
         kind = message.WhichOneof("message")
+        if kind == "batch":
+            raise ProtocolError("a Batch within a Batch")
         if self._welcomed == (kind == "welcome"):
             raise ProtocolError("the first message, and only that, must be Welcome")
         if not self._heeds(kind, getattr(getattr(message, kind), "tenant", "") if kind else ""):

@@ -29,7 +29,9 @@ class ShareReceiver(Receiver):
     def start(self, node: str, agent: str) -> bytes:
         """A stream begins. Returns the Hello."""
         self.stop()
-        hello = distribution_pb2.Hello(node=node, agent=agent, features=(features.SHARDS, features.CONTENT))
+        hello = distribution_pb2.Hello(
+            node=node, agent=agent, features=(features.BATCH, features.SHARDS, features.CONTENT)
+        )
         return distribution_pb2.NodeMessage(hello=hello).SerializeToString()
 
     def stop(self) -> None:

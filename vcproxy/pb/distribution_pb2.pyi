@@ -104,8 +104,8 @@ Global___NodeMessage: _TypeAlias = NodeMessage  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
-    """`features`: "shards": this agent knows of brains that share tenants; "content": a stream of tenants' contents only,
-    beside another one that says the rest; `known` is empty then.
+    """`features`: "batch": Batch is understood; "shards": this agent knows of brains that share tenants; "content": a stream
+    of tenants' contents only, beside another one that says the rest; `known` is empty then.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -332,6 +332,7 @@ class BrainMessage(_message.Message):
     COMPLETE_FIELD_NUMBER: _builtins.int
     BEHIND_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -356,6 +357,8 @@ class BrainMessage(_message.Message):
     def behind(self) -> Global___TenantBehind: ...
     @_builtins.property
     def released(self) -> Global___TenantReleased: ...
+    @_builtins.property
+    def batch(self) -> Global___Batch: ...
     def __init__(
         self,
         *,
@@ -371,16 +374,39 @@ class BrainMessage(_message.Message):
         complete: Global___TenantsComplete | None = ...,
         behind: Global___TenantBehind | None = ...,
         released: Global___TenantReleased | None = ...,
+        batch: Global___Batch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "released", b"released", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "batch", b"batch", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "released", b"released", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "released", b"released", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "batch", b"batch", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "released", b"released", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "added", "snapshot", "delta", "synced", "stale", "removed", "placement", "facts", "complete", "behind", "released"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "added", "snapshot", "delta", "synced", "stale", "removed", "placement", "facts", "complete", "behind", "released", "batch"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___BrainMessage: _TypeAlias = BrainMessage  # noqa: Y015
+
+@_typing.final
+class Batch(_message.Message):
+    """Several messages in their order, none of them Welcome or Batch. Only to a node whose Hello has the feature "batch"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___BrainMessage]: ...
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___BrainMessage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Batch: _TypeAlias = Batch  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):

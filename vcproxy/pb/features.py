@@ -1,5 +1,7 @@
 """Features that peers name in Hello and Welcome: what may be said to each other beyond what the first version said."""
 
+BATCH = "batch"
+"""Hello: several messages may come as one."""
 SHARDS = "shards"
 """Hello: this agent knows of brains that share tenants, and takes their contents from all of them."""
 CONTENT = "content"

@@ -7,19 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.distribution.models import keys, ports
-from tests.unit.distribution.rig import ACME, Placed, key, service_port
+from tests.unit.distribution.rig import ACME, BETA, Placed, key, service_port
 from vcproxy.brain import store as store_module
 from vcproxy.brain.admission import Admission
-from vcproxy.brain.encoding import CHUNK_OCTETS, port_bound
+from vcproxy.brain.encoding import CHUNK_OCTETS, encode_batch, port_bound
 from vcproxy.brain.store import Store, UnknownTenant
-from vcproxy.brain.stream import Greeting, Stream
+from vcproxy.brain.stream import BATCH_OCTETS, Greeting, Stream
 from vcproxy.model.services import ServicePort
 from vcproxy.model.tenant import Tenant, TenantModel
 from vcproxy.model.timing import Timing
 from vcproxy.node.holdings import Holdings
 from vcproxy.node.outbox import Outbox
-from vcproxy.node.receiver import Receiver
-from vcproxy.pb import distribution_pb2
+from vcproxy.node.receiver import ProtocolError, Receiver
+from vcproxy.pb import distribution_pb2, features
 
 
 def synced(*held: ServicePort) -> Store:
@@ -33,14 +33,14 @@ def synced(*held: ServicePort) -> Store:
 class Follower:
     """A node joined to a brain without a network: the brain's stream and the node's receiver, hand to hand."""
 
-    def __init__(self, store: Store, holdings: Holdings) -> None:
+    def __init__(self, store: Store, holdings: Holdings, *, batches: bool = False) -> None:
         known = {uid: held.model.digest for uid, held in holdings.tenants.items()}
         self.stream = Stream(
-            Greeting("n", "", known),
+            Greeting("n", "", known, features=frozenset({features.BATCH} if batches else ())),
             peer="",
             version="",
             store=store,
-            placement=Placed({"n": ["acme-1"]}),
+            placement=Placed({"n": ["acme-1", "beta-1"]}),
             admission=Admission(slots=1, lease=60),
             wake=lambda: None,
         )
@@ -51,9 +51,10 @@ class Follower:
         self.kinds: list[str] = []
 
     def take(self, most: int = 10_000) -> None:
-        while most and (message := self.stream.next_message()) is not None:
-            self.kinds.append(message.kind)
-            self.receiver.receive(message.data)
+        while most and (messages := self.stream.next_messages()):
+            self.kinds.extend(message.kind for message in messages)
+            data = [message.data for message in messages]
+            self.receiver.receive(data[0] if len(data) == 1 else encode_batch(data))
             most -= 1
 
 
@@ -68,11 +69,19 @@ _other = st.tuples(st.sampled_from(["reconnect", "restart", "stale", "removed"])
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(_update | _update | _replace | _read | _other, max_size=15), st.sampled_from([200, 1 << 20]))
-def test_a_node_that_follows_holds_what_the_brain_holds(steps: list[tuple], room: int) -> None:  # type: ignore[type-arg]
+@given(
+    st.lists(_update | _update | _replace | _read | _other, max_size=15),
+    st.sampled_from([200, 1 << 20]),
+    st.booleans(),
+)
+def test_a_node_that_follows_holds_what_the_brain_holds(
+    steps: list[tuple],  # type: ignore[type-arg]
+    room: int,
+    batches: bool,
+) -> None:
     async def follow() -> None:
         store, holdings = synced(), Holdings()
-        follower = Follower(store, holdings)
+        follower = Follower(store, holdings, batches=batches)
         for name, *arguments in steps:
             match name:
                 case "update":
@@ -82,10 +91,10 @@ def test_a_node_that_follows_holds_what_the_brain_holds(steps: list[tuple], room
                 case "read":  # behind: only some of what there is to read
                     follower.take(*arguments)
                 case "reconnect":
-                    follower = Follower(store, holdings)
+                    follower = Follower(store, holdings, batches=batches)
                 case "restart":
                     store = synced(*store.tenants()["acme-1"].model)
-                    follower = Follower(store, holdings)
+                    follower = Follower(store, holdings, batches=batches)
                 case "stale":
                     store.set_stale("acme-1", 3.0, "down")
                 case "removed":
@@ -103,6 +112,50 @@ def test_a_node_that_follows_holds_what_the_brain_holds(steps: list[tuple], room
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_module, "HISTORY_OCTETS", room)
         asyncio.run(follow())
+
+
+async def test_what_waits_for_a_busy_transport_goes_in_one() -> None:
+    store, holdings = synced(service_port("web", 1)), Holdings()
+    store.add_tenant(BETA)
+    store.set_synced("beta-1")
+    for batches, goes in ((True, [2]), (False, [1, 1])):
+        follower = Follower(store, holdings, batches=batches)
+        assert [message.kind for message in follower.stream.next_messages()] == ["welcome"], "read before all else"
+        follower = Follower(store, holdings, batches=batches)
+        follower.take()
+        for number in range(2, 5):  # while the transport is busy
+            store.update("acme-1", [service_port("web", number, 10 * goes[0] + number)], ())
+            store.update("beta-1", [service_port("api", number, 10 * goes[0] + number)], ())
+        seen = []
+        while messages := follower.stream.next_messages():
+            seen.append(len(messages))
+            data = [message.data for message in messages]
+            follower.receiver.receive(data[0] if len(data) == 1 else encode_batch(data))
+        assert seen == goes, "one step of each tenant"
+        assert {uid: held.model.digest for uid, held in holdings.tenants.items()} == {
+            uid: stored.model.digest for uid, stored in store.tenants().items()
+        }
+
+
+async def test_one_go_is_bounded() -> None:
+    store = synced(*(service_port(f"web-{number}", *range(400), number=number) for number in range(100)))
+    assert store.tenants()["acme-1"].octets > 2 * CHUNK_OCTETS
+    store.add_tenant(BETA)
+    store.set_synced("beta-1")
+    stream = Follower(store, Holdings(), batches=True).stream
+    while messages := stream.next_messages():
+        size = sum(len(message.data) for message in messages)
+        assert size - len(messages[-1].data) < BATCH_OCTETS
+
+
+async def test_a_batch_within_a_batch_makes_no_sense() -> None:
+    follower = Follower(synced(), Holdings(), batches=True)
+    (welcome,) = follower.stream.next_messages()
+    follower.receiver.receive(welcome.data)
+    with pytest.raises(ProtocolError):
+        follower.receiver.receive(encode_batch([encode_batch([])]))
+    with pytest.raises(ProtocolError):
+        follower.receiver.receive(encode_batch([welcome.data]))
 
 
 def test_revisions_count_changes_of_content_only() -> None:
