@@ -24,8 +24,9 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -234,6 +235,15 @@ class ControlPlane:
             connection.close()
         if answer.status != 200:
             raise RuntimeError(f"etcd refused {key}: {answer.status} {said!r}")
+
+    @contextmanager
+    def behind_its_back(self) -> Iterator[str]:
+        """The API server is stopped, and etcd at the address that is given: for those who write a lot. It then serves
+        what is there, as after any restart."""
+        self._apiserver.terminate()
+        self._apiserver.wait(grace=STOP_WITHIN)
+        yield f"127.0.0.1:{self._etcd_port}"
+        self.start()
 
     def start_controller_manager(self) -> None:
         """Run kube-controller-manager from now on (CONTROLLERS only); `start` brings it back. Idempotent."""

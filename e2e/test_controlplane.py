@@ -245,6 +245,16 @@ class TestFaults:
         assert {item["metadata"]["name"] for item in after.items} <= {"kubernetes"}
         assert int(after.resource_version) < int(before.resource_version)
 
+    def test_what_is_written_behind_its_back_is_served(self, control_plane: PlaneFactory) -> None:
+        plane = control_plane("behind")
+        kept = plane.client.create(service("kept")).object
+        with plane.behind_its_back():
+            with pytest.raises(ConnectionError):
+                plane.client.list("Service")
+            plane.forge("services/specs", service("forged", cluster_ips=["10.32.0.77"]))
+        assert plane.client.get("Service", "kept", "default").object == kept
+        assert plane.client.get("Service", "forged", "default").object["spec"]["clusterIP"] == "10.32.0.77"
+
     def test_frozen_plane_hangs_requests_and_thawed_answers(self, control_plane: PlaneFactory) -> None:
         plane = control_plane("frozen")
         impatient = ApiClient(plane.kubeconfig, timeout=0.5)
