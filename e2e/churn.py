@@ -230,9 +230,11 @@ def put_probe(found: Scene, pod: Pod) -> float:
 
 
 def probe(found: Scene, late: list[float], over: threading.Event) -> None:
-    """Move the probe's endpoint again and again; notes how long each move took."""
-    turn = 0
-    while not over.wait(0.3):
+    """Move the probe's endpoint again and again; notes how long each move took.
+
+    At any time of kube-proxy's minSyncPeriod: always right after a sync, each would wait for all of it."""
+    turn, chance = 0, random.Random(2)
+    while not over.wait(chance.uniform(0, 1)):
         turn += 1
         pod = found.pods[turn % len(found.pods)]
         answer = put_probe(found, pod)
