@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.pipeline import quantile
+from benchmarks.results import quantile
 from e2e.churn import ENDPOINTS, RATE, SERVICES, churn, kube_proxy, scene, vcproxy
 
 

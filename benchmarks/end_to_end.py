@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from benchmarks.pipeline import quantile
+from benchmarks.results import quantile
 from e2e import objects
 from e2e.apiclient import ApiClient
 from e2e.controlplane import ControlPlane, find_binaries

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.brain.objects import READERS, Objects, tenant_name
 from benchmarks.brain.processes import Brain, Helper, Meter, Scene
-from benchmarks.pipeline import quantile
+from benchmarks.results import quantile
 from vcproxy.kube.decode import ENDPOINT_SLICES, SERVICES, decode_list
 
 

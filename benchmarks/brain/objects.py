@@ -9,25 +9,25 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-from benchmarks import pipeline
+from benchmarks.pipeline import objects
 
 NODES = 1000
 """Nodes that the pods of all tenants run on."""
 READERS = 50
 """Nodes that read what changes, each the tenants that have pods there."""
 _HOLE = "@@"
-_MANAGER = {
+MANAGER = {
     "manager": "kube-controller-manager",
     "operation": "Update",
     "apiVersion": "v1",
     "time": "2026-01-01T00:00:00Z",
     "fieldsType": "FieldsV1",
 }
-_SERVICE_FIELDS = {
+SERVICE_FIELDS = {
     "f:metadata": {"f:annotations": {".": {}, "f:kubectl.kubernetes.io/last-applied-configuration": {}}},
     "f:spec": {f"f:{name}": {} for name in ("internalTrafficPolicy", "ports", "selector", "sessionAffinity", "type")},
 }
-_SLICE_FIELDS = {
+SLICE_FIELDS = {
     "f:addressType": {},
     "f:endpoints": {},
     "f:metadata": {
@@ -130,12 +130,12 @@ def _address(tenant: int, number: int) -> bytes:
 
 
 def _service(number: int) -> dict[str, Any]:
-    found = pipeline.service(f"service-{number}", f"10.96.{number >> 8}.{number & 0xFF}")
+    found = objects.service(f"service-{number}", f"10.96.{number >> 8}.{number & 0xFF}")
     found["metadata"] |= {
         "labels": {"app": f"service-{number}", "app.kubernetes.io/managed-by": "Helm", "helm.sh/chart": "app-1.2.3"},
         "annotations": {"kubectl.kubernetes.io/last-applied-configuration": "x" * 700},
         "creationTimestamp": "2026-01-01T00:00:00Z",
-        "managedFields": [{**_MANAGER, "fieldsV1": _SERVICE_FIELDS}],
+        "managedFields": [{**MANAGER, "fieldsV1": SERVICE_FIELDS}],
     }
     found["spec"] |= {"selector": {"app": f"service-{number}"}, "internalTrafficPolicy": "Cluster"}
     return {**found, "status": {"loadBalancer": {}}}
@@ -158,7 +158,7 @@ def _slice(number: int, addresses: list[str], changed: str, version: str) -> dic
         }
         for at, address in enumerate(addresses)
     ]
-    found = pipeline.endpoint_slice(owner, endpoints)
+    found = objects.endpoint_slice(owner, endpoints)
     # The resourceVersion and the time come before the addresses: events fill them in this order.
     found["metadata"] = {
         "resourceVersion": version,
@@ -166,7 +166,7 @@ def _slice(number: int, addresses: list[str], changed: str, version: str) -> dic
         **{name: value for name, value in found["metadata"].items() if name != "resourceVersion"},
         "generateName": f"{owner}-",
         "ownerReferences": [{"apiVersion": "v1", "kind": "Service", "name": owner, "controller": True}],
-        "managedFields": [{**_MANAGER, "fieldsV1": _SLICE_FIELDS}],
+        "managedFields": [{**MANAGER, "fieldsV1": SLICE_FIELDS}],
     }
     return found
 

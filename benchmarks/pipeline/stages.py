@@ -1,89 +1,49 @@
-"""Every stage of a first load and of one changed endpoint, beside the kernel's floor. `python -m benchmarks pipeline`.
+"""One first load through all stages, a restart over what it left, and changes of one endpoint; seconds of each.
 
 The floor is the very transactions that the backend committed, sent again pre-built to a fresh table: what the kernel
-takes when nobody has to think. Medians of RUNS runs; the spread is (max - min) / median.
+takes when nobody has to think.
 """
 
 import gc
-import resource
-import statistics
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import msgspec
-from rich.table import Table
 
+from benchmarks import machine
+from benchmarks.pipeline.objects import endpoint, endpoint_slice, pairs
 from vcproxy.backend.protocol import Attachments, TenantUpdate
 from vcproxy.brain.compiler import Compiler
 from vcproxy.brain.guard import UNRESTRICTED
 from vcproxy.brain.store import Store
 from vcproxy.kube import shapes
 from vcproxy.lab import netns
+from vcproxy.model.forwarding import ForwardedPort
+from vcproxy.model.mark import UNMARKED
 from vcproxy.model.services import ServicePort
 from vcproxy.model.tenant import Tenant, TenantModel
+from vcproxy.node import statefile
 from vcproxy.node.localpolicy import local_ports
 from vcproxy.node.resolver import NodeView, resolve
+from vcproxy.ops import garbage
 from vcproxy.pb import convert
 from vcproxy.pb.distribution_pb2 import BrainMessage
 from vcproxy.pb.model_pb2 import ServicePorts
 from vcproxy_nftables import NftablesBackend
 from vcproxy_nftables.netlink import Batch, Nfnetlink
 
-RUNS = 3
 CHANGES = 200
-UID = "dir-bench"
+PROGRAM = "node programming: model in memory -> committed"
+FLOOR = "kernel floor: same bytes again"
+ADOPTION = "restart: last good state and table -> adopted"
+ONE = "one endpoint"
+"""Rows that others speak of; what begins with ONE is of changes."""
+TENANT = Tenant("dir-bench", "bench")
+UID = TENANT.uid
 NAMESPACE = "vcp-bench"
-"""A network namespace of this benchmark's own."""
-
-
-def objects(services: int, endpoints: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """A Service and its slice, as an API server would send them."""
-    for number in range(services):
-        name, vip = f"svc-{number}", f"10.{32 + (number >> 16)}.{number >> 8 & 255}.{number & 255}"
-        yield service(name, vip), endpoint_slice(name, [endpoint(number, index) for index in range(endpoints)])
-
-
-def service(name: str, vip: str) -> dict[str, Any]:
-    """A ClusterIP Service with one TCP port."""
-    return {
-        "metadata": {"name": name, "namespace": "default", "uid": name, "resourceVersion": "1"},
-        "spec": {
-            "type": "ClusterIP",
-            "clusterIP": vip,
-            "clusterIPs": [vip],
-            "ipFamilies": ["IPv4"],
-            "ports": [{"name": "http", "protocol": "TCP", "port": 80}],
-        },
-    }
-
-
-def endpoint(number: int, index: int) -> dict[str, Any]:
-    """One ready endpoint."""
-    host = number * 16 + index
-    return {
-        "addresses": [f"10.{128 + (host >> 16 & 63)}.{host >> 8 & 255}.{host & 255}"],
-        "conditions": {"ready": True, "serving": True, "terminating": False},
-        "nodeName": f"node-{host % 100}",
-    }
-
-
-def endpoint_slice(owner: str, endpoints: list[dict[str, Any]]) -> dict[str, Any]:
-    """The Service's only slice."""
-    return {
-        "metadata": {
-            "name": f"{owner}-x",
-            "namespace": "default",
-            "uid": f"{owner}-x",
-            "resourceVersion": "1",
-            "labels": {"kubernetes.io/service-name": owner},
-        },
-        "addressType": "IPv4",
-        "ports": [{"name": "http", "protocol": "TCP", "port": 8080}],
-        "endpoints": endpoints,
-    }
 
 
 class Stages:
@@ -102,23 +62,21 @@ class Stages:
 
 def first_load(stages: Stages, services: int, endpoints: int) -> dict[str, Any]:
     """One first load through all stages, then CHANGES single-endpoint changes. Returns sizes."""
-    decoded = [
-        (msgspec.convert(a, shapes.Service), msgspec.convert(b, shapes.EndpointSlice))
-        for a, b in objects(services, endpoints)
-    ]
+    loaded = decoded(services, endpoints)
     gc.collect()
+    garbage.tune()  # as the programs do
     store = Store()
-    store.add_tenant(Tenant(UID, "bench"))
+    store.add_tenant(TENANT)
     compiler = Compiler(UNRESTRICTED)
     with stages.timed("brain: compile and store"):
-        for found, its_slice in decoded:
+        for found, its_slice in loaded:
             compiler.put(found)
             compiler.put(its_slice)
         compiler.listed("Service")
         compiler.listed("EndpointSlice")
         change = compiler.flush()
         store.update(UID, change.put, change.removed)
-    del decoded
+    del loaded
     store.set_synced(UID)
     stored = store.tenants()[UID]
     with stages.timed("brain: encode snapshot"):
@@ -128,25 +86,57 @@ def first_load(stages: Stages, services: int, endpoints: int) -> dict[str, Any]:
         model = TenantModel(decode(parts))
     assert model.digest == stored.model.digest
     with stages.timed("node: resolve"):
-        forwarded = resolve(list(model), NodeView.of("node-1"))
-        local_ports(list(model), NodeView.of("node-1").node_id)
+        forwarded = resolved(model)
+    image = b"".join(state(model))
+    machine.rest()
+    with namespace():
+        backend, sent = program(stages, forwarded)
+        backend.close()
+        backend = restart(stages, image)
+        del image
+        garbage.settled()
+        one_endpoint(stages, backend, store, compiler, model, services, endpoints)
+        backend.close()
+    machine.rest()
+    with namespace():
+        floor(stages, sent)
+    gc.unfreeze()
+    return {"wire": sum(map(len, parts)), "elements": sum(map(len, sent))}
+
+
+@contextmanager
+def namespace() -> Iterator[None]:
+    """In a network namespace of this benchmark's own; what a run that was killed left of it is removed."""
+    netns.delete(NAMESPACE)
     netns.create(NAMESPACE)
     try:
         with netns.entered(NAMESPACE):
-            backend, sent = program(stages, forwarded)
-            backend.close()
-            backend = restart(stages, forwarded)
-            one_endpoint(stages, backend, store, compiler, model, services, endpoints)
-            backend.close()
+            yield
     finally:
         netns.delete(NAMESPACE)
-    netns.create(NAMESPACE)
-    try:
-        with netns.entered(NAMESPACE):
-            floor(stages, sent)
-    finally:
-        netns.delete(NAMESPACE)
-    return {"wire MB": sum(map(len, parts)) / 1e6, "kernel elements": sum(map(len, sent))}
+
+
+def decoded(services: int, endpoints: int) -> list[tuple[shapes.Service, shapes.EndpointSlice]]:
+    """What the brain has read."""
+    return [
+        (msgspec.convert(service, shapes.Service), msgspec.convert(its_slice, shapes.EndpointSlice))
+        for service, its_slice in pairs(services, endpoints)
+    ]
+
+
+def resolved(model: TenantModel) -> list[ForwardedPort]:
+    """The forwarding table of one node, and what Local policies come to on it."""
+    ports, view = list(model), NodeView.of("node-1")
+    forwarded = resolve(ports, view)
+    local_ports(ports, view.node_id)
+    return forwarded
+
+
+def state(model: TenantModel) -> Iterator[bytes]:
+    """The file of a node's last good state."""
+    return statefile.encode_tenant(
+        statefile.TenantImage(TENANT, tuple(model), 1, "bench", model.digest, UNMARKED), node="node-1"
+    )
 
 
 def decode(parts: list[bytes]) -> Iterator[ServicePort]:
@@ -158,7 +148,7 @@ def decode(parts: list[bytes]) -> Iterator[ServicePort]:
             yield convert.decode_port(UID, port)
 
 
-def program(stages: Stages, forwarded: list[Any]) -> tuple[NftablesBackend, list[Batch]]:
+def program(stages: Stages, forwarded: Sequence[ForwardedPort]) -> tuple[NftablesBackend, list[Batch]]:
     """Plan, encode and commit; returns the backend and the transactions."""
     backend = NftablesBackend({})
     backend.open()
@@ -181,17 +171,24 @@ def program(stages: Stages, forwarded: list[Any]) -> tuple[NftablesBackend, list
         Nfnetlink.commit = commit  # type: ignore[method-assign]
     stages.seconds.setdefault("backend: plan and encode", []).append(total - kernel)
     stages.seconds.setdefault("kernel: commit", []).append(kernel)
+    stages.seconds.setdefault(PROGRAM, []).append(total + stages.seconds["node: resolve"][-1])
     return backend, sent
 
 
-def restart(stages: Stages, forwarded: list[Any]) -> NftablesBackend:
-    """The next run of the agent: what is in the kernel is read and taken over, and nothing written."""
+def restart(stages: Stages, image: bytes) -> NftablesBackend:
+    """The next run of the agent: what is on disk and in the kernel is read and taken over, and nothing written."""
+    began = time.perf_counter()
+    with stages.timed("restart: decode the last good state"):
+        _, model, *_ = statefile.decode_tenant(image, node="node-1", uid=UID)
+    with stages.timed("restart: resolve"):
+        forwarded = resolved(model)
     backend = NftablesBackend({})
     with stages.timed("restart: read the table"):
         backend.open()
     with stages.timed("restart: adopt"):
         backend.attach(Attachments(interfaces={"vx-bench": UID}))
         applied = backend.apply(TenantUpdate(UID, put=tuple(forwarded), complete=True))
+    stages.seconds.setdefault(ADOPTION, []).append(time.perf_counter() - began)
     assert applied.operations == 0
     return backend
 
@@ -201,10 +198,12 @@ def floor(stages: Stages, sent: list[Batch]) -> None:
     backend = NftablesBackend({})
     backend.open()
     backend.close()
-    netlink = Nfnetlink()
-    with stages.timed("kernel floor: same bytes again"):
-        for batch in sent:
-            netlink.commit(batch)
+    netlink, messages = Nfnetlink(), [batch.message() for batch in sent]
+    answers = []
+    with stages.timed(FLOOR):
+        for message in messages:
+            answers += netlink._commits.transact(message)[0]
+    assert len(answers) == len(sent) and not any(answer.error for answer in answers)
     netlink.close()
 
 
@@ -248,31 +247,4 @@ def one_endpoint(
             ("backend and kernel", committed - resolved),
             ("all stages", committed - started),
         ):
-            stages.seconds.setdefault(f"one endpoint: {stage}", []).append(seconds)
-
-
-def report(show: Callable[[Any], None]) -> None:
-    """Run everything and show the tables."""
-    for services, endpoints in ((1_000, 10), (10_000, 10)):
-        stages, sizes = Stages(), {}
-        for _ in range(RUNS):
-            sizes = first_load(stages, services, endpoints)
-        drawn = Table(title=f"{services:,} services x {endpoints} endpoints")
-        for heading in ("stage", "median", "p99 or spread"):
-            drawn.add_column(heading, justify="left" if heading == "stage" else "right")
-        for stage, seconds in stages.seconds.items():
-            median = statistics.median(seconds)
-            if stage.startswith("one endpoint"):
-                drawn.add_row(stage, f"{median * 1e6:,.0f} us", f"{quantile(seconds, 0.99) * 1e6:,.0f} us")
-            else:
-                drawn.add_row(stage, f"{median * 1e3:,.1f} ms", f"{(max(seconds) - min(seconds)) / median:.0%}")
-        for name, value in sizes.items():
-            drawn.add_row(name, f"{value:,.1f}", "")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        drawn.add_row("peak memory so far, all stages in one process", f"{peak:,.0f} MiB", "")
-        show(drawn)
-
-
-def quantile(values: list[float], share: float) -> float:
-    """The value below which `share` of the values lie."""
-    return sorted(values)[min(int(len(values) * share), len(values) - 1)]
+            stages.seconds.setdefault(f"{ONE}: {stage}", []).append(seconds)
