@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import brain, churn, datapath, end_to_end, lists, pipeline, results
+from benchmarks import brain, churn, datapath, end_to_end, lists, pipeline, report, results
 
 Benchmark = Callable[[Sequence[str]], Path]
 """Takes its options, and returns the folder where it has kept its figures."""
@@ -49,7 +49,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was made is removed then too
     print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}", flush=True)
     if len(names) == 1:
-        ALL[names[0]](options)
+        report.write(ALL[names[0]](options))
         return
     failed = [name for name in names if subprocess.run([sys.executable, "-m", "benchmarks", name]).returncode]
     if failed:
