@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import brain, churn, datapath, end_to_end, lists, pipeline, report, results
+from benchmarks import brain, churn, datapath, end_to_end, lists, pipeline, report, results, start
 
 Benchmark = Callable[[Sequence[str]], Path]
 """Takes its options, and returns the folder where it has kept its figures."""
@@ -31,6 +31,7 @@ def tables(name: str, figures: Callable[[results.Show], None]) -> Benchmark:
 
 
 ALL: dict[str, Benchmark] = {
+    "start": start.main,
     "pipeline": pipeline.main,
     "brain": tables("brain", brain.report),
     "lists": tables("lists", lists.report),
