@@ -101,7 +101,7 @@ def _start(start: Document) -> Iterator[str]:
 def _started(size: str, name: str, figures: Document) -> tuple[str, ...]:
     begun, one, many = figures["start"], figures["one"], figures["steady"]
     return (
-        _size(size),
+        _size(size) + (" (lean objects)" if figures["lean"] else ""),
         _NAMES[name],
         _spread(begun["seconds"]),
         seconds(figures["lists"]["median"]),

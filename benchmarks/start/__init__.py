@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> Path:
         _tell(f"{size}: {', '.join(names)}")
         with (
             tempfile.TemporaryDirectory(prefix="vcproxy-bench-") as directory,
-            scene(Path(directory), services, endpoints, _tell) as found,
+            scene(Path(directory), services, endpoints, _tell, lean=options.lean) as found,
         ):
             for name in names:
                 figures = measure(found, name, Path(directory), options)
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--patience", type=float, default=240, help="seconds of starts after which there is no other")
     parser.add_argument("--changes", type=int, default=100, help="one by one")
     parser.add_argument("--seconds", type=float, default=60, help="of a hundred changes a second")
+    parser.add_argument("--lean", action="store_true", help="objects without what a proxy does not read")
     parser.add_argument("--resume", action="store_true", help="leave out what is kept already")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of start.json")
     return parser
@@ -77,7 +78,7 @@ def _tell(what: str) -> None:
 
 def measure(scene: Scene, name: str, directory: Path, options: argparse.Namespace) -> results.Document:
     """All figures of one proxy at one size."""
-    found: results.Document = {"machine": machine.facts(), "lists": floor.lists(scene.plane)}
+    found: results.Document = {"machine": machine.facts(), "lean": options.lean, "lists": floor.lists(scene.plane)}
     _tell(f"floor: {found['lists']['octets'] / 1e6:.1f} MB of lists are read in {found['lists']['median']:.2f} s")
     starts: list[results.Document] = []
     wanted = 1 if name == EAGER else options.runs

@@ -65,7 +65,9 @@ def own_network() -> None:
 
 
 @contextmanager
-def scene(directory: Path, services: int, endpoints: int, told: Callable[[str], None]) -> Iterator[Scene]:
+def scene(
+    directory: Path, services: int, endpoints: int, told: Callable[[str], None], *, lean: bool = False
+) -> Iterator[Scene]:
     """Build and fill it."""
     with Lab("vcp-start") as lab:
         one, two = lab.node("one"), lab.node("two")
@@ -93,14 +95,14 @@ def scene(directory: Path, services: int, endpoints: int, told: Callable[[str], 
 
             def fill(etcd: str, kind: str) -> None:
                 told(f"filling etcd: kind {kind} ({time.monotonic() - began:.0f} s)")
-                filling.fill(etcd, kind, services, endpoints, real=real)
+                filling.fill(etcd, kind, services, endpoints, real=real, lean=lean)
 
             with plane.behind_its_back() as etcd:
                 fill(etcd, "IPAddress")
             fill(etcd, "Service")
             fill(etcd, "EndpointSlice")
             settle(plane)
-            filling.verify(plane.client, services - 1, targets)
+            filling.verify(plane.client, services - 1, targets, lean=lean)
             port = objects.service_port(80, name="http", target=filling.TARGET)
             made = objects.service(PROBE, namespace=filling.NAMESPACE, ports=[port], cluster_ips=[PROBE_VIP])
             plane.client.create(made)

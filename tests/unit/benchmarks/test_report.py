@@ -21,6 +21,7 @@ def proxy(seconds: float, *, cpu: float = 0.002, p50: float = 0.003) -> dict[str
     change = {"p50": p50, "p99": 4 * p50, "count": 100, "cpu": cpu}
     return {
         "machine": MACHINE,
+        "lean": False,
         "lists": results.spread([0.1]) | {"octets": 1},
         "start": {key: results.spread([value]) for key, value in start.items()},
         "one": change | {"floor": {"p50": 0.001, "p99": 0.002, "count": 100}},
