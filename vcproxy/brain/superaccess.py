@@ -39,6 +39,9 @@ from vcproxy.ops.configfile import ConfigError
 READ_AGAIN_SECONDS = 10.0
 UNRATIONED = Timing(share=1.0)
 """The super cluster is nobody's tenant: all others wait for what it says of pods and nodes."""
+ROOMY = ClientLimits(list_bytes=16 << 30, list_objects=10_000_000, list_seconds=1800.0)
+"""Nor is there anybody to protect from it. 100,000 Services of 10 endpoints are lists of 540 MB, more than a tenant may
+have."""
 
 _log = logs.get("supercluster")
 
@@ -58,7 +61,7 @@ class SuperAccess:
         self._addresses: frozenset[bytes] = frozenset()
         try:
             self.credentials = credentials_of(config)
-            self._client = Client(self.credentials, tenant=SUPER_UID)
+            self._client = Client(self.credentials, tenant=SUPER_UID, limits=ROOMY)
         except KubeconfigError as error:
             raise ConfigError(f"superCluster: {error}; or set superCluster: null if there is none") from error
         self.expiries = Expiries()
@@ -84,7 +87,7 @@ class SuperAccess:
 
         Raises KubeconfigError.
         """
-        made = ApiInput(self.credentials, tenant=SUPER_UID, resources=resources, limits=ClientLimits(), timing=timing)
+        made = ApiInput(self.credentials, tenant=SUPER_UID, resources=resources, limits=ROOMY, timing=timing)
         self._inputs.add(made)
         return made
 
