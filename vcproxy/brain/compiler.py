@@ -11,6 +11,7 @@ last good form stays. Endpoints are judged by what the super cluster says of the
 changes, `reconsider` compiles the services concerned again, and no slice has to be read for it.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, NamedTuple
 
@@ -121,7 +122,8 @@ class Compiler:
         self._service_of: dict[Key, Key] = {}  # of a slice
         self._emitted: dict[Key, tuple[PortKey, ...]] = {}
         self._refusals: dict[tuple[str, Key], tuple[Refusal, ...]] = {}
-        self._dirty: dict[Key, None] = {}  # an ordered set: first come, first compiled
+        # First come, first compiled; the beginning of a plain dict gets ever farther away as it is emptied from there.
+        self._dirty: OrderedDict[Key, None] = OrderedDict()
         self._listed: set[Kind] = set()
         self._weight = 0
         self._over = 0  # objects refused for the limits
@@ -252,8 +254,7 @@ class Compiler:
         if not self.ready:
             return change
         while self._dirty:
-            key = next(iter(self._dirty))
-            del self._dirty[key]
+            key, _ = self._dirty.popitem(last=False)
             self._compile(key, change)
             if enough():
                 break
