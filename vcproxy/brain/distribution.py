@@ -250,8 +250,7 @@ async def _write(stream: Stream, event: asyncio.Event, context: Context) -> None
             event.clear()
             await event.wait()
             continue
-        data = [message.data for message in messages]
-        await context.write(data[0] if len(data) == 1 else encoding.encode_batch(data))
+        await context.write(encoding.encode_together([message.data for message in messages]))
         for message in messages:
             metrics.SENT_BYTES.add(message.kind, len(message.data))
 

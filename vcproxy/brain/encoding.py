@@ -103,6 +103,11 @@ def encode_batch(messages: Sequence[bytes]) -> bytes:
     return _field(_BATCH_FIELD, b"".join([_field(_MESSAGES_FIELD, message) for message in messages]))
 
 
+def encode_together(messages: Sequence[bytes]) -> bytes:
+    """Some BrainMessages as one; one alone as it is."""
+    return messages[0] if len(messages) == 1 else encode_batch(messages)
+
+
 def _field(number: int, body: bytes) -> bytes:
     return _prelude(number, len(body)) + body
 

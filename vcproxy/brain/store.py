@@ -218,11 +218,9 @@ class Store:
         """What an earlier run had; call before tenants are added. Not said of a tenant before it is found."""
         self._remembered.update((one.tenant.uid, one) for one in remembered)
 
-    def forget_remembered(self) -> list[str]:
-        """Every tenant there is was added: forget what is remembered of others. Returns their uids."""
-        forgotten = list(self._remembered)
+    def forget_remembered(self) -> None:
+        """Every tenant there is was added: forget what is remembered of others."""
         self._remembered.clear()
-        return forgotten
 
     def remove_tenant(self, uid: str) -> None:
         """The tenant is gone for good: nodes are told to remove it. Removing an unknown one is no error."""

@@ -223,15 +223,14 @@ class Stream:
             put = [(address, uid) for address, uid in pods.items() if told is None or told.get(address) != uid]
             removed = [address for address in told or () if address not in pods]
             return Message("placement", encoding.encode_placement(put, removed, complete=told is None))
-        if not self._complete:
-            self._complete = True
-            if self.kind is not Kind.LEADING:
-                return Message("complete", encoding.encode_complete(self.entitled))
+        first, self._complete = not self._complete, True
+        if self.kind is not Kind.LEADING:
+            return Message("complete", encoding.encode_complete(self.entitled)) if first else None
         named = frozenset(uid for uid in self.entitled if not self._store.gone(uid))
-        if self.kind is Kind.LEADING and self._named != named:
-            self._named = named
-            return Message("complete", encoding.encode_complete(named))
-        return None
+        if self._named == named:
+            return None
+        self._named = named
+        return Message("complete", encoding.encode_complete(named))
 
     def _covers(self, uid: str) -> bool:
         """Whether a tenant's content is a matter of this stream."""

@@ -10,7 +10,7 @@ from tests.unit.distribution.models import keys, ports
 from tests.unit.distribution.rig import ACME, BETA, Placed, key, service_port
 from vcproxy.brain import store as store_module
 from vcproxy.brain.admission import Admission
-from vcproxy.brain.encoding import CHUNK_OCTETS, encode_batch, port_bound
+from vcproxy.brain.encoding import CHUNK_OCTETS, encode_batch, encode_together, port_bound
 from vcproxy.brain.store import Store, UnknownTenant
 from vcproxy.brain.stream import BATCH_OCTETS, Greeting, Stream
 from vcproxy.model.services import ServicePort
@@ -53,8 +53,7 @@ class Follower:
     def take(self, most: int = 10_000) -> None:
         while most and (messages := self.stream.next_messages()):
             self.kinds.extend(message.kind for message in messages)
-            data = [message.data for message in messages]
-            self.receiver.receive(data[0] if len(data) == 1 else encode_batch(data))
+            self.receiver.receive(encode_together([message.data for message in messages]))
             most -= 1
 
 
@@ -129,8 +128,7 @@ async def test_what_waits_for_a_busy_transport_goes_in_one() -> None:
         seen = []
         while messages := follower.stream.next_messages():
             seen.append(len(messages))
-            data = [message.data for message in messages]
-            follower.receiver.receive(data[0] if len(data) == 1 else encode_batch(data))
+            follower.receiver.receive(encode_together([message.data for message in messages]))
         assert seen == goes, "one step of each tenant"
         assert {uid: held.model.digest for uid, held in holdings.tenants.items()} == {
             uid: stored.model.digest for uid, stored in store.tenants().items()

@@ -5,7 +5,6 @@ are nobody's are the super cluster's own: their packets are in no tenant's zone,
 """
 
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -117,15 +116,18 @@ class Whereabouts:
             self._placement.put_facts(found.metadata.name, facts_of_node(found))
             return
         mark = self._attribution.mark(found)
-        claims = pod_claims(found, "") if mark is not None else ()
-        if mark is None or not claims:
+        group = self._group(mark) if mark is not None else None
+        claims = pod_claims(found, group.owner) if group is not None else ()
+        if group is None or not claims:
             self._remove("Pod", found.key)
             return
-        group = self._groups.get(mark)
-        if group is None:
-            group = self._groups[mark] = _Group(mark, self._attribution.owner(mark) or "")
+        self._groups[group.mark] = group
         key = sys.intern(found.key[0]), found.key[1]
-        self._tell(key, _Seen(group, _owned(claims, group.owner)))
+        self._tell(key, _Seen(group, claims))
+
+    def _group(self, mark: Mark) -> _Group:
+        """The Pods with this mark; a new one, that is not kept yet, if there are none."""
+        return self._groups.get(mark) or _Group(mark, self._attribution.owner(mark) or "")
 
     def _remove(self, kind: Kind, key: Key) -> None:
         if kind == "Pod":
@@ -140,7 +142,8 @@ class Whereabouts:
             return
         group.owner = self._attribution.owner(mark) or ""
         for key in list(group.keys):
-            self._tell(key, _Seen(group, _owned(self._pods[key].claims, group.owner)))
+            claims = self._pods[key].claims
+            self._tell(key, _Seen(group, tuple(Claim(claim.node, claim.address, group.owner) for claim in claims)))
 
     def _tell(self, key: Key, new: _Seen | None) -> None:
         """A Pod is now so; None: it is gone, or nobody's."""
@@ -167,7 +170,3 @@ class Whereabouts:
         if new is not None and new.vouched:
             addresses = tuple(claim.address for claim in new.claims if claim.address)
             self._vouched.put_api_server(new.vouched, key, addresses)
-
-
-def _owned(claims: Iterable[Claim], tenant: str) -> tuple[Claim, ...]:
-    return tuple(Claim(claim.node, claim.address, tenant) for claim in claims)
