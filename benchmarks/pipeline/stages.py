@@ -22,13 +22,12 @@ from vcproxy.brain.store import Store
 from vcproxy.kube import shapes
 from vcproxy.lab import netns
 from vcproxy.model.forwarding import ForwardedPort
-from vcproxy.model.mark import UNMARKED
 from vcproxy.model.services import ServicePort
 from vcproxy.model.tenant import Tenant, TenantModel
 from vcproxy.node import statefile
 from vcproxy.node.localpolicy import local_ports
 from vcproxy.node.resolver import NodeView, resolve
-from vcproxy.ops import garbage
+from vcproxy.ops import garbage, sealed
 from vcproxy.pb import convert
 from vcproxy.pb.distribution_pb2 import BrainMessage
 from vcproxy.pb.model_pb2 import ServicePorts
@@ -134,9 +133,8 @@ def resolved(model: TenantModel) -> list[ForwardedPort]:
 
 def state(model: TenantModel) -> Iterator[bytes]:
     """The file of a node's last good state."""
-    return statefile.encode_tenant(
-        statefile.TenantImage(TENANT, tuple(model), 1, "bench", model.digest, UNMARKED), node="node-1"
-    )
+    header = statefile.TenantHeader("node-1", TENANT, 1, "bench", model.digest)
+    return iter(sealed.seal(statefile.MAGIC, header, tuple(model)))
 
 
 def decode(parts: list[bytes]) -> Iterator[ServicePort]:
@@ -179,7 +177,7 @@ def restart(stages: Stages, image: bytes) -> NftablesBackend:
     """The next run of the agent: what is on disk and in the kernel is read and taken over, and nothing written."""
     began = time.perf_counter()
     with stages.timed("restart: decode the last good state"):
-        _, model, *_ = statefile.decode_tenant(image, node="node-1", uid=UID)
+        model = statefile.decode_tenant(image, node="node-1", uid=UID).model
     with stages.timed("restart: resolve"):
         forwarded = resolved(model)
     backend = NftablesBackend({})

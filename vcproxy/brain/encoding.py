@@ -81,6 +81,13 @@ def encode_operations(operations: Iterable[Operation]) -> bytes:
     return b"".join([_field(_OPERATIONS_FIELD, convert.encode_operation(o).SerializeToString()) for o in operations])
 
 
+def decode_operations(uid: str, encoded: Iterable[bytes]) -> Iterator[Operation]:
+    """The other way, lazily. Raises MalformedModel: never of its own steps, but by a fault."""
+    for step in encoded:
+        for operation in distribution_pb2.Delta.FromString(step).operations:
+            yield convert.decode_operation(uid, operation)
+
+
 def encode_delta(
     uid: str, before: Version, after: Version, operations: Sequence[bytes], timing: Timing | None
 ) -> bytes:

@@ -7,6 +7,7 @@ A ring, bounded by number and by octets; the octets allowed grow with the tenant
 a snapshot is cheaper. When a content recurs (a rollback), the newest occurrence wins: the shortest way.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -86,6 +87,13 @@ class History:
         """Octets of operations from that content to the newest, None if there is no such way."""
         number = self._by_digest.get(digest)
         return self._end - self._steps[number - self._first].start if number is not None else None
+
+    def since(self, digest: bytes) -> list[bytes] | None:
+        """The operations from that content to the newest, a step each, None if there is no such way."""
+        number = self._by_digest.get(digest)
+        if number is None:
+            return None
+        return [step.operations for step in itertools.islice(self._steps, number - self._first, None)]
 
     def delta(self, digest: bytes) -> Delta | None:
         """The next message for a receiver of that content, None if there is no way from there.

@@ -12,7 +12,8 @@ comes along: such content is older than what a node may hold, and is then not se
 before the API server was tried: what can be read is read.
 
 Nothing here is fatal. A file that cannot be used is named, set aside as NAME.unusable, and replaced by the next good
-one. Writing is lazy and sparing (ops.statedir), and a file is not written again for a content that it has.
+one. Writing is lazy and sparing (ops.statedir), and costs what changed: what nodes were sent since, if that is still
+known, and only else all of the content (ops.journal).
 """
 
 import contextlib
@@ -24,15 +25,17 @@ from pathlib import Path
 
 import msgspec
 
+from vcproxy.brain.encoding import decode_operations
 from vcproxy.brain.guard import Policy
 from vcproxy.brain.restriction import restrict
 from vcproxy.brain.screen import Rights
-from vcproxy.brain.store import Remembered, Store
+from vcproxy.brain.store import Remembered, Store, Stored
 from vcproxy.model.addresses import NEVER
 from vcproxy.model.mark import Position, plausible
 from vcproxy.model.tenant import Tenant, TenantModel
 from vcproxy.ops import logs, statedir
-from vcproxy.ops.sealed import UID, UnusableState, seal, unseal
+from vcproxy.ops.journal import Journal
+from vcproxy.ops.sealed import UID, UnusableState, unseal
 from vcproxy.ops.statedir import Job, StateDirectory
 
 MAGIC = b"vcproxy-brain-state\n"
@@ -77,7 +80,7 @@ class Memory:
         self._policy_of = policy_of
         self._rights_of = rights_of
         self._files = StateDirectory(directory, self._job, delay=delay, rest=REST)
-        self._written: dict[str, tuple[bytes, Tenant]] = {}
+        self._journal = Journal(MAGIC)
         self._told: set[str] = set()  # whose rules have changed since
         self._nobodys: set[str] = set()
 
@@ -91,20 +94,17 @@ class Memory:
         if not UID.fullmatch(uid) or not path.exists():
             return False
         one = self._read(path)
-        if one is None:
-            return False
-        self._store.remember((one,))
-        self._written[uid] = (one.model.digest, one.tenant)
-        return True
+        if one is not None:
+            self._store.remember((one,))
+        return one is not None
 
     def changed(self, uid: str) -> None:
         """The store's subscriber."""
         stored = self._store.tenants().get(uid)
         if stored is None:
-            self._written.pop(uid, None)
             if self._store.gone(uid):
                 self._files.note(uid + SUFFIX, gone=True)
-        elif stored.synced and self._written.get(uid) != (stored.model.digest, stored.tenant):
+        elif stored.synced and not self._has(self._directory / (uid + SUFFIX), stored):
             self._files.note(uid + SUFFIX)
 
     async def run(self) -> None:
@@ -120,7 +120,6 @@ class Memory:
         self._store.forget_remembered()
         for uid in self._uids():
             if uid not in known:
-                self._written.pop(uid, None)
                 self._nobodys.add(uid)
                 self._files.note(uid + SUFFIX, gone=True)
 
@@ -140,23 +139,28 @@ class Memory:
         stored = self._store.tenants().get(uid)
         if stored is None:  # gone, or another brain's now
             gone = self._store.gone(uid) or uid in self._nobodys
-            return partial(path.unlink, missing_ok=True) if gone else None
-        content = (stored.model.digest, stored.tenant)
-        if not stored.synced or stored.restored or self._written.get(uid) == content:
+            return partial(self._journal.delete, path) if gone else None
+        if not stored.synced or stored.restored or self._has(path, stored):
             return None
         policy = self._policy_of(uid)
         if policy is None:
             return None
         read_at = stored.stale_since or time.time()
         header = _Header(_fingerprint(policy), stored.tenant, stored.model.digest, dict(stored.mark), read_at)
+        if self._journal.takes_changes(path):
+            before = self._journal.header(path)
+            steps = stored.history.since(before.digest) if isinstance(before, _Header) else None
+            if steps is not None:
+                return lambda: self._journal.change(path, header, decode_operations(uid, steps))
         ports = tuple(stored.model)
+        return lambda: self._journal.write(path, header, ports)
 
-        def write() -> None:
-            self._written.pop(uid, None)
-            statedir.replace(path, seal(MAGIC, header, ports))
-            self._written[uid] = content
-
-        return write
+    def _has(self, path: Path, stored: Stored) -> bool:
+        """True if the file says that already."""
+        match self._journal.header(path):
+            case _Header(tenant=tenant, digest=digest):
+                return (tenant, digest) == (stored.tenant, stored.model.digest)
+        return False
 
     def _read(self, path: Path) -> Remembered | None:
         try:
@@ -165,7 +169,7 @@ class Memory:
             _log.error("a file of the last good state cannot be read", path=str(path), error=str(error))
             return None
         try:
-            return self._decode(data, uid=path.stem)
+            return self._decode(path, data)
         except UnusableState as error:
             aside = path.with_name(path.name + UNUSABLE)
             _log.error(
@@ -175,17 +179,14 @@ class Memory:
                 path.rename(aside)
         return None
 
-    def _decode(self, data: bytes, *, uid: str) -> Remembered:
-        first, ports = unseal(MAGIC, data)
-        try:
-            header = _header.decode(first)
-            if header.tenant.uid != uid or not UID.fullmatch(uid):
-                raise UnusableState(f"it is of tenant {header.tenant.uid[:64]!r}")
-            model = TenantModel(ports)
-        except msgspec.MsgspecError as error:
-            raise UnusableState(f"it does not decode: {error}") from error
+    def _decode(self, path: Path, data: bytes) -> Remembered:
+        header, model, end = unseal(MAGIC, data, _header.decode)
+        uid = path.stem
+        if header.tenant.uid != uid or not UID.fullmatch(uid):
+            raise UnusableState(f"it is of tenant {header.tenant.uid[:64]!r}")
         if model.digest != header.digest:
             raise UnusableState("its content does not have the digest it claims: another version wrote it")
+        self._journal.read(path, end, header)
         mark = plausible(header.mark, time.time())
         return Remembered(header.tenant, model, mark, header.read_at, partial(self._admit, uid, header.policy))
 

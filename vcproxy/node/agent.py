@@ -186,6 +186,7 @@ class Agent:
         """Take note of an event; the session's sink. Never blocks."""
         match event:
             case TenantChanged(uid=uid, touched=touched, timing=timing, extent=extent):
+                self._memory.changed(uid, touched)
                 if touched != frozenset():  # else only facts of the tenant are new, its content is still the disk's
                     self.adopted.discard(uid)
                 if extent is not None:

@@ -3,11 +3,12 @@
 Protocols, so that the agent knows neither: it is the one that decides, and is tested with both scripted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from vcproxy.backend.protocol import Rejection
 from vcproxy.model.node import NodeFacts
+from vcproxy.model.services import PortKey
 
 
 class Acknowledge(Protocol):
@@ -24,6 +25,9 @@ class Acknowledge(Protocol):
 
 class Memory(Protocol):
     """Where the agent remembers its last good state; the cache."""
+
+    def changed(self, uid: str, touched: Iterable[PortKey] | None) -> None:
+        """What is held of the tenant differs in these service ports; None: perhaps in all."""
 
     def keep(self, uid: str) -> None:
         """The tenant's committed state changed: write it, soon."""

@@ -5,15 +5,18 @@ be used is left where it is, with a log line, and overwritten by the next good o
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from vcproxy.model.node import NodeFacts
+from vcproxy.model.services import PortKey
+from vcproxy.model.tenant import Operation, PutPort, RemovePort, TenantModel
 from vcproxy.node import statefile
 from vcproxy.node.holdings import Held, Holdings
-from vcproxy.node.statefile import NodeImage, TenantImage
+from vcproxy.node.statefile import NodeImage, TenantHeader
 from vcproxy.ops import logs, statedir
+from vcproxy.ops.journal import Journal
 from vcproxy.ops.sealed import UID, UnusableState
 from vcproxy.ops.statedir import Job, StateDirectory, replace
 
@@ -46,9 +49,19 @@ class Cache:
         self._node = node
         self._holdings = holdings
         self._image = NodeImage()
+        self._journal = Journal(statefile.MAGIC)
+        self._changed: dict[str, set[PortKey] | None] = {}  # since the tenant was written; None: everything
         self._files = StateDirectory(directory, self._job, delay=delay, retry=retry)
 
     # The agent's side: notes, no work.
+
+    def changed(self, uid: str, touched: Iterable[PortKey] | None) -> None:
+        """What is held of the tenant differs in these service ports; None: perhaps in all."""
+        known = self._changed.setdefault(uid, set())
+        if touched is None:
+            self._changed[uid] = None
+        elif known is not None:
+            known.update(touched)
 
     def keep(self, uid: str) -> None:
         """The tenant's committed state changed: write it, soon."""
@@ -85,11 +98,19 @@ class Cache:
             log.error("a tenant's uid cannot be the name of a file; it is not remembered", tenant=uid)
             return None
         if held is None:
-            return lambda: path.unlink(missing_ok=True)
+            self._changed.pop(uid, None)
+            return lambda: self._journal.delete(path)
         if not held.synced:
             return None
-        tenant = TenantImage(held.tenant, tuple(held.model), held.revision, held.brain, held.model.digest, held.mark)
-        return lambda: replace(path, statefile.encode_tenant(tenant, node=self._node))
+        header = TenantHeader(self._node, held.tenant, held.revision, held.brain, held.model.digest, dict(held.mark))
+        if self._journal.header(path) == header and path.exists():
+            return None
+        touched = self._changed.pop(uid, set())
+        if touched is not None and self._journal.takes_changes(path):
+            operations = [_now(key, held.model) for key in touched]
+            return lambda: self._journal.change(path, header, operations)
+        ports = tuple(held.model)
+        return lambda: self._journal.write(path, header, ports)
 
     # Reading.
 
@@ -103,7 +124,7 @@ class Cache:
         tenants = []
         for path in paths:
             if path.suffix == SUFFIX and UID.fullmatch(path.stem):
-                held = _usable(path, functools.partial(self._held, uid=path.stem))
+                held = _usable(path, functools.partial(self._held, path))
                 if held is not None:
                     tenants.append(held)
         node = self._directory / NODE_FILE
@@ -111,9 +132,15 @@ class Cache:
             self._image = _usable(node, lambda data: statefile.decode_node(data, node=self._node)) or NodeImage()
         return Remembered(tenants, self._image.facts, self._image.placement)
 
-    def _held(self, data: bytes, *, uid: str) -> Held:
-        tenant, model, revision, brain, mark = statefile.decode_tenant(data, node=self._node, uid=uid)
-        return Held(tenant, model, revision, brain, synced=True, mark=mark)
+    def _held(self, path: Path, data: bytes) -> Held:
+        header, model, end = statefile.decode_tenant(data, node=self._node, uid=path.stem)
+        self._journal.read(path, end, header)
+        return Held(header.tenant, model, header.revision, header.brain, synced=True, mark=header.mark)
+
+
+def _now(key: PortKey, model: TenantModel) -> Operation:
+    port = model.get(key)
+    return PutPort(port) if port is not None else RemovePort(key)
 
 
 def _usable(path: Path, decode: Callable[[bytes], T]) -> T | None:

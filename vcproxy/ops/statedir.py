@@ -1,13 +1,14 @@
 """A directory of state files that are kept true lazily. Nothing here is ever fatal.
 
-A change only notes that a file is out of date. The one writer comes round later, takes what the file is to hold (tuples
-of immutable objects: microseconds) and writes in a thread. What changes all the time is written seldom enough for
-writing one file to take at most a twentieth of the time. A file is replaced by rename, after fsync, so it is whole or
-the one before; a disk that cannot be written costs a log line, a count, and another try later.
+A change only notes that a file is out of date. The one writer comes round later, takes what the file is to hold, or
+what of that is new (tuples of immutable objects: microseconds), and writes in a thread. What changes all the time is
+written seldom enough for writing one file to take at most a twentieth of the time. A file is replaced by rename, after
+fsync, so it is whole or the one before; a disk that cannot be written costs a log line, a count, and another try later.
 """
 
 import asyncio
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -77,7 +78,7 @@ class StateDirectory:
             started = time.monotonic()
             try:
                 await asyncio.to_thread(job)
-            except OSError as error:
+            except Exception as error:
                 metrics.CACHE_FAILURES.inc()
                 self._due.setdefault(name, time.monotonic() + self._retry)
                 _log.error(
@@ -85,6 +86,7 @@ class StateDirectory:
                     path=str(self.path / name),
                     error=str(error),
                     retry_in=self._retry,
+                    exc_info=None if isinstance(error, OSError) else error,
                 )
                 return 0.0
             self._cost[name] = time.monotonic() - started
@@ -111,6 +113,17 @@ def replace(path: Path, pieces: Iterable[bytes]) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def append(path: Path, pieces: Iterable[bytes], *, at: int) -> None:
+    """Add the pieces to a file of `at` octets; of a half-written one the reader knows. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "ab") as file:
+        if file.tell() != at:
+            raise OSError(errno.ESTALE, "somebody else has changed it", str(path))
+        file.writelines(pieces)
+        file.flush()
+        os.fsync(descriptor)
 
 
 def listing(path: Path) -> list[Path]:

@@ -114,27 +114,56 @@ async def test_what_was_not_synced_is_neither_written_nor_empty(tmp_path: Path) 
     assert not fresh.tenants()[UID].synced
 
 
-async def test_a_file_is_written_when_its_content_differs_and_not_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await written(tmp_path)
-    writes: list[Path] = []
-    replace = memory_module.statedir.replace
-    monkeypatch.setattr(
-        memory_module.statedir, "replace", lambda path, data: (writes.append(path), replace(path, data))
-    )
+async def test_a_file_is_written_when_its_content_differs_and_not_else(tmp_path: Path) -> None:
+    path = await written(tmp_path)
+    before = path.stat()
     store, memory, _ = restarted(tmp_path)
     store.add_tenant(ACME)
     store.replace(UID, PORTS)
     store.set_synced(UID)
     down(store)
     await memory.flush()
-    assert writes == []
+    assert path.stat() == before
     store.update(UID, PORTS[:1], [PORTS[1].key])
     store.update(UID, [], [PORTS[2].key])
     await memory.flush()
+    changed = path.stat()
+    assert changed.st_size > before.st_size
     await memory.flush()
-    assert len(writes) == 1
+    assert path.stat() == changed
+
+
+async def test_what_nodes_were_sent_since_is_written_behind_the_content(tmp_path: Path) -> None:
+    path = await written(tmp_path)
+    before = path.read_bytes()
+    store, memory, _ = restarted(tmp_path)
+    store.add_tenant(ACME)
+    store.replace(UID, PORTS)
+    store.set_synced(UID)
+    store.follow(UID, At())
+    other = service_port("svc-2", 9, number=2)
+    for put, removed in (([other], []), ([], [PORTS[0].key]), ([PORTS[0]], [PORTS[2].key])):
+        store.update(UID, put, removed)
+    await memory.flush()
+    assert path.read_bytes().startswith(before)
+    (one,) = (memory._read(path),)
+    assert one is not None
+    assert one.model.ports == store.tenants()[UID].model.ports
+    assert one.mark == MARK
+
+
+async def test_without_the_steps_from_what_is_written_all_is_written(tmp_path: Path) -> None:
+    path = await written(tmp_path)
+    before = path.read_bytes()
+    store, memory, _ = restarted(tmp_path)
+    store.add_tenant(ACME)
+    store.replace(UID, PORTS[:2])
+    store.set_synced(UID)
+    await memory.flush()
+    assert not path.read_bytes().startswith(before)
+    one = memory._read(path)
+    assert one is not None
+    assert one.model.digest == TenantModel(PORTS[:2]).digest
 
 
 async def test_a_tenant_that_is_gone_is_forgotten(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What the tests of vcproxy.node share: service ports, and an agent on a fake backend with a scripted session."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 
 import pytest
@@ -86,6 +86,9 @@ class Recall:
         self.kept: list[str] = []
         self.forgotten: list[str] = []
         self.node: tuple[NodeFacts | None, Mapping[bytes, str] | None] = (None, None)
+
+    def changed(self, uid: str, touched: Iterable[PortKey] | None) -> None:
+        pass
 
     def keep(self, uid: str) -> None:
         self.kept.append(uid)
