@@ -1,32 +1,25 @@
-"""The gRPC server that nodes connect to: vcproxy.v1.Distribution/Watch over mutual TLS.
+"""The streams of nodes that stand: who watches what, and the two directions of each.
 
-All that is decided about what to send is in `stream`; this module moves bytes and owns tasks. A stream is two tasks of
-one group: one reads what the node says, one writes what is next as soon as the transport takes it. Either end ends
-both. grpc.aio facts that shape it: a handler without (de)serializers passes bytes through, so encoded messages are
-shared; `write` returns when flow control allows, which is the back-pressure; a lost peer ends the request iterator as
-if it had finished; a dead one is noticed only if `grpc.http2.ping_timeout_ms` is set besides the keepalive options.
+All that is decided about what to send is in `stream`; how octets travel is somebody else's business (`server` for
+gRPC; a process that is brain and node at once needs none). A stream is two tasks of one group: one reads what the node
+says, one writes what is next as soon as the transport takes it. Either end ends both.
 
-What a node says is bounded (octets of a message, time until Hello, streams a node) and checked; what is wrong with it
-ends that stream with a status that says why, and touches nothing else.
+What a node says is bounded (time until Hello, streams a node) and checked; what is wrong with it ends that stream with
+a code that says why, and touches nothing else.
 """
 
 import asyncio
 import importlib.metadata
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Literal
 
-import grpc
 import msgspec
 from google.protobuf.message import DecodeError
 
 from vcproxy.brain import encoding
 from vcproxy.brain.admission import Admission
-from vcproxy.brain.certificates import ServerCertificates
-from vcproxy.brain.config import Listen
 from vcproxy.brain.greeting import Greeting, Kind
-from vcproxy.brain.identity import AuthContext, NotANode, node_of_peer
 from vcproxy.brain.progress import NodeStatus
 from vcproxy.brain.store import Store
 from vcproxy.brain.stream import Placement, Stream
@@ -35,29 +28,28 @@ from vcproxy.ops import logs, metrics
 from vcproxy.pb import convert, distribution_pb2
 from vcproxy.pb.convert import MalformedModel
 
-SERVICE = "vcproxy.v1.Distribution"
 VERSION = importlib.metadata.version("vcproxy")
 
 _log = logs.get("distribution")
 
-Context = grpc.aio.ServicerContext[bytes, bytes]
+Code = Literal["INVALID_ARGUMENT", "PERMISSION_DENIED", "DEADLINE_EXCEEDED", "ABORTED"]
+"""gRPC's names."""
 
-
-class ServeError(Exception):
-    """The server cannot listen; the text names the address."""
+Write = Callable[[bytes], Awaitable[None]]
+"""Sends a message, and returns when the transport takes the next one."""
 
 
 class Refused(Exception):
-    """A stream is ended because of what the peer is or said."""
+    """A stream is ended because of what the peer said."""
 
-    def __init__(self, code: grpc.StatusCode, problem: str) -> None:
+    def __init__(self, code: Code, problem: str) -> None:
         super().__init__(problem)
         self.code = code
         self.problem = problem
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds of the server. Times in seconds.
+    """Bounds of streams, and of the server behind them. Times in seconds.
 
     `snapshots`: nodes that are sent snapshots at a time; `lease`: how long a node that does not read keeps its turn.
     `streams_per_node`: an agent that is being replaced and its successor overlap; of more, the oldest is ended.
@@ -77,59 +69,21 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 class Distributor:
     """Serves the tenants of `store` to the nodes that `placement` puts them on.
 
-    `sharded`: the store has a part of the tenants, other brains have the others. `authenticate` turns a verified peer's
-    auth context into the name of its node, or raises NotANode.
+    `sharded`: the store has a part of the tenants, other brains have the others.
     """
 
     def __init__(
-        self,
-        *,
-        store: Store,
-        placement: Placement,
-        authenticate: Callable[[AuthContext], str] = node_of_peer,
-        limits: Limits | None = None,
-        sharded: bool = False,
+        self, *, store: Store, placement: Placement, limits: Limits | None = None, sharded: bool = False
     ) -> None:
+        self.limits = limits or Limits()
         self._sharded = sharded
         self._store = store
         self._placement = placement
-        self._authenticate = authenticate
-        self._limits = limits or Limits()
-        self._admission = Admission(slots=self._limits.snapshots, lease=self._limits.lease)
+        self._admission = Admission(slots=self.limits.snapshots, lease=self.limits.lease)
         self._streams: dict[str, list[_Connection]] = {}
         self._watching: dict[str, set[Stream]] = {}
-
-    async def serve(self, listen: Listen, *, bound: Callable[[int], None] | None = None) -> None:
-        """Serve until cancelled. `bound` gets the port, of use where the address says port 0.
-
-        Raises CertificateError and ServeError.
-        """
-        certificates = ServerCertificates(
-            certificate=Path(listen.cert_file), key=Path(listen.key_file), client_ca=Path(listen.client_ca_file)
-        )
-        server = grpc.aio.server(options=_options(self._limits))
-        server.add_generic_rpc_handlers(
-            (
-                grpc.method_handlers_generic_handler(
-                    SERVICE, {"Watch": grpc.stream_stream_rpc_method_handler(self._watch)}
-                ),
-            )
-        )
-        try:
-            port = server.add_secure_port(listen.address, certificates.credentials())
-        except RuntimeError as error:
-            raise ServeError(f"cannot listen on {listen.address}: {error}") from None
-        unsubscribe = (self._store.subscribe(self._changed), self._placement.subscribe(self._placed))
-        try:
-            await server.start()
-            _log.info("serving nodes", address=listen.address, port=port, brain=self._store.brain_id)
-            if bound is not None:
-                bound(port)
-            await server.wait_for_termination()
-        finally:
-            for cancel in unsubscribe:
-                cancel()
-            await server.stop(grace=None)
+        store.subscribe(self._changed)
+        placement.subscribe(self._placed)
 
     def nodes(self) -> Sequence[NodeStatus]:
         """The streams that stand, by node, the oldest first."""
@@ -158,25 +112,15 @@ class Distributor:
         for uid in after - before:
             self._watching.setdefault(uid, set()).add(stream)
 
-    async def _watch(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        try:
-            await self._serve_stream(requests, context)
-        except Refused as refused:
-            _log.warning("stream refused", peer=context.peer(), code=refused.code.name, reason=refused.problem)
-            await context.abort(refused.code, refused.problem)
-
-    async def _serve_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        try:
-            node = self._authenticate(context.auth_context())
-        except NotANode as error:
-            raise Refused(grpc.StatusCode.UNAUTHENTICATED, str(error)) from None
+    async def attend(self, node: str, peer: str, requests: AsyncIterator[bytes], write: Write) -> None:
+        """One stream, until the node leaves. `node`: whose it is, as its credentials say. Raises Refused."""
         greeting = await self._greeting(requests, node)
         if greeting is None:
             return
         event = asyncio.Event()
         stream = Stream(
             greeting,
-            peer=context.peer(),
+            peer=peer,
             version=VERSION,
             sharded=self._sharded,
             store=self._store,
@@ -188,7 +132,7 @@ class Distributor:
         self._open(connection)
         try:
             async with asyncio.TaskGroup() as group:
-                writer = group.create_task(_write(stream, event, context))
+                writer = group.create_task(_write(stream, event, write))
                 evicted = group.create_task(connection.evicted())
                 await _read(stream, requests)
                 writer.cancel()
@@ -201,10 +145,10 @@ class Distributor:
     async def _greeting(self, requests: AsyncIterator[bytes], node: str) -> Greeting | None:
         """The peer's Hello, None if it left without. Raises Refused."""
         try:
-            async with asyncio.timeout(self._limits.hello_timeout):
+            async with asyncio.timeout(self.limits.hello_timeout):
                 raw = await anext(requests, None)
         except TimeoutError:
-            raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "no Hello came in time") from None
+            raise Refused("DEADLINE_EXCEEDED", "no Hello came in time") from None
         return None if raw is None else parse_hello(raw, node)
 
     def _open(self, connection: "_Connection") -> None:
@@ -212,7 +156,7 @@ class Distributor:
         streams = self._streams.setdefault(stream.node, [])
         streams.append(connection)
         self._index(stream, frozenset(), stream.entitled)
-        if len(streams) > self._limits.streams_per_node:
+        if len(streams) > self.limits.streams_per_node:
             streams[0].evict.set()
         metrics.NODES.set(len(self._streams))
         _log.info("node connected", node=stream.node, tenants=len(stream.entitled), stream=stream.kind.value)
@@ -240,17 +184,17 @@ class _Connection:
 
     async def evicted(self) -> None:
         await self.evict.wait()
-        raise Refused(grpc.StatusCode.ABORTED, f"node {self.stream.node} opened newer streams")
+        raise Refused("ABORTED", f"node {self.stream.node} opened newer streams")
 
 
-async def _write(stream: Stream, event: asyncio.Event, context: Context) -> None:
+async def _write(stream: Stream, event: asyncio.Event, write: Write) -> None:
     while True:
         messages = stream.next_messages()
         if not messages:
             event.clear()
             await event.wait()
             continue
-        await context.write(encoding.encode_together([message.data for message in messages]))
+        await write(encoding.encode_together([message.data for message in messages]))
         for message in messages:
             metrics.SENT_BYTES.add(message.kind, len(message.data))
 
@@ -270,20 +214,20 @@ async def _read(stream: Stream, requests: AsyncIterator[bytes]) -> None:
                 case "known":
                     stream.answered(*parse_known(message.known))
                 case "hello":
-                    raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "a second Hello on one stream")
+                    raise Refused("INVALID_ARGUMENT", "a second Hello on one stream")
         except MalformedModel as error:
-            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+            raise Refused("INVALID_ARGUMENT", str(error)) from None
 
 
 def parse_hello(raw: bytes, node: str) -> Greeting:
     """The first message of a stream whose credentials name `node`. Raises Refused."""
     message = _parse(raw)
     if message.WhichOneof("message") != "hello":
-        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be Hello")
+        raise Refused("INVALID_ARGUMENT", "the first message must be Hello")
     hello = message.hello
     if hello.node != node:
         raise Refused(
-            grpc.StatusCode.PERMISSION_DENIED,
+            "PERMISSION_DENIED",
             f"the client certificate names node {node!r}, Hello says {hello.node[:64]!r}: "
             "use the certificate of this node, or set nodeName to its name",
         )
@@ -297,7 +241,7 @@ def parse_hello(raw: bytes, node: str) -> Greeting:
                 raise MalformedModel(uid, None, "Hello names the tenant twice")
             known[uid], marks[uid], unheard[uid] = digest, mark, doubted
     except MalformedModel as error:
-        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+        raise Refused("INVALID_ARGUMENT", str(error)) from None
     return Greeting(node, hello.agent[:256], known, marks, unheard, frozenset(hello.features))
 
 
@@ -313,24 +257,10 @@ def _parse(raw: bytes) -> distribution_pb2.NodeMessage:
     try:
         return distribution_pb2.NodeMessage.FromString(raw)
     except DecodeError:
-        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "a message is not a vcproxy.v1.NodeMessage") from None
+        raise Refused("INVALID_ARGUMENT", "a message is not a vcproxy.v1.NodeMessage") from None
 
 
 def _first(group: BaseExceptionGroup[Refused]) -> Refused:
     for error in group.exceptions:
         return error if isinstance(error, Refused) else _first(error)
     raise AssertionError("an exception group is never empty")
-
-
-def _options(limits: Limits) -> Sequence[tuple[str, Any]]:
-    return [
-        ("grpc.max_receive_message_length", limits.message_octets),
-        ("grpc.max_concurrent_streams", limits.streams_per_node),
-        ("grpc.keepalive_time_ms", int(limits.keepalive * 1000)),
-        ("grpc.keepalive_timeout_ms", int(limits.keepalive_timeout * 1000)),
-        ("grpc.http2.ping_timeout_ms", int(limits.keepalive_timeout * 1000)),
-        ("grpc.http2.max_pings_without_data", 0),
-        # Nodes ping a silent stream too: do not take that for abuse.
-        ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-        ("grpc.so_reuseport", 0),
-    ]

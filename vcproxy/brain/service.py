@@ -55,10 +55,14 @@ _log = logs.get("brain")
 
 
 class Brain:
-    """The program behind `vcproxy brain`. Raises ConfigError when the configuration cannot be used."""
+    """The program behind `vcproxy brain`. Raises ConfigError when the configuration cannot be used.
 
-    def __init__(self, config: BrainConfiguration) -> None:
+    `listening`: nodes come over gRPC; else they come to `distributor.attend`, in the same process.
+    """
+
+    def __init__(self, config: BrainConfiguration, *, listening: bool = True) -> None:
         self._config = config
+        self._listening = listening
         self.store = Store()
         self.placement = Placement(linger_seconds=config.tenants.linger_seconds)
         self.distributor = Distributor(store=self.store, placement=self.placement, sharded=config.sharding is not None)
@@ -133,7 +137,7 @@ class Brain:
     async def run(self, stop: asyncio.Event | None = None) -> None:
         """Run until SIGTERM or SIGINT, or until `stop` is set (then signals are the caller's).
 
-        Raises ConfigError for an address or a credential that cannot be used, AdminError, and the distributor's errors.
+        Raises ConfigError for an address or a credential that cannot be used, AdminError, and server.serve's errors.
         """
         await until_stopped(self._serve, stop)
         _log.info("ended; nodes keep what they have", brain=self.store.brain_id)
@@ -183,7 +187,10 @@ class Brain:
                     group.create_task(self._sharding.run())
                 if self._memory is not None:
                     group.create_task(self._memory.run())
-                group.create_task(self.distributor.serve(config.listen))
+                if self._listening:
+                    from vcproxy.brain.server import serve  # gRPC, which `vcproxy run` does without
+
+                    group.create_task(serve(self.distributor, config.listen))
 
     def _feeds(self) -> dict[str, Feed]:
         feeds = dict(self.tenants.feeds)

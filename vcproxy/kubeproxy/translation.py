@@ -6,13 +6,13 @@ What kube-proxy does not know of (tenants, where state is kept, how the halves m
 import ipaddress
 from typing import NamedTuple
 
-from vcproxy.brain.config import BrainConfiguration, DirectorySource, Listen, SuperCluster, Tenants, TenantSource
+from vcproxy.brain.config import BrainConfiguration, DirectorySource, SuperCluster, Tenants, TenantSource
 from vcproxy.kubeproxy.configuration import KubeProxyConfiguration
 from vcproxy.kubeproxy.judging import LOCALHOST, LOCALHOST_GATE, cidr, cluster_cidrs, uncovered_family
 from vcproxy.model.addresses import format_address, parse_address
 from vcproxy.node.config import BrainAddress, Conntrack, DetectLocal, NodeConfiguration
+from vcproxy.node.session import IN_PROCESS
 
-BRAIN_NAME = "vcproxy-brain"
 _DEBUG_FROM = 4  # klog: what a developer wants to see
 _EVERY = {4: "0.0.0.0/0", 6: "::/0"}
 
@@ -21,11 +21,10 @@ class Surroundings(NamedTuple):
     """What goes beyond kube-proxy.
 
     `node`: its name. `tenants`: a folder, "" for none. `super_cluster`: proxy its Services. `master`: address of its
-    API server, "" for the kubeconfig's. `shared`: a folder of this process alone: certificates, the halves' socket.
+    API server, "" for the kubeconfig's.
     """
 
     node: str
-    shared: str
     state_directory: str
     runtime_directory: str
     tenants: str = ""
@@ -38,14 +37,7 @@ def configurations(
 ) -> tuple[BrainConfiguration, NodeConfiguration]:
     """`config` has its defaults and no problems (judging.check)."""
     level = log_level(config)
-    address, shared = f"unix:{around.shared}/grpc", around.shared
     brain = BrainConfiguration(
-        listen=Listen(
-            address=address,
-            cert_file=f"{shared}/brain.crt",
-            key_file=f"{shared}/brain.key",
-            client_ca_file=f"{shared}/ca.crt",
-        ),
         super_cluster=_super_cluster(config, around),
         tenants=Tenants(
             sources=(TenantSource(directory=DirectorySource(path=around.tenants)),) if around.tenants else ()
@@ -57,13 +49,7 @@ def configurations(
     )
     node = NodeConfiguration(
         node_name=around.node,
-        brain=BrainAddress(
-            addresses=(address,),
-            server_name=BRAIN_NAME,
-            cert_file=f"{shared}/node.crt",
-            key_file=f"{shared}/node.key",
-            ca_file=f"{shared}/ca.crt",
-        ),
+        brain=BrainAddress(addresses=(IN_PROCESS,)),
         detect_local=detector(config),
         masquerade_all=masquerade_all(config),
         node_port_addresses=node_port_addresses(config),

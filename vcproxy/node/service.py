@@ -28,6 +28,7 @@ from vcproxy.node.localpolicy import ServiceId
 from vcproxy.node.look import health_of, is_healthy, status_of, tenant_rows
 from vcproxy.node.nodestate import node_rules
 from vcproxy.node.servicehealth import HealthCheckNodePorts, socket_limits
+from vcproxy.node.session import Connect
 from vcproxy.node.sessions import Sessions
 from vcproxy.ops import admin, logs, metrics, views
 from vcproxy.ops.configfile import ConfigError
@@ -44,8 +45,8 @@ class NodeAgent:
 
     `backend`: in place of the configured one. `events`: what kube-proxy writes Events about is written there; without
     it (an agent of its own has no credentials for any API server) the log and `status` have it. `shown`: what /configz
-    shows, by API group, in place of `config`. Raises ConfigError when the configuration cannot be used, and
-    BackendUnavailable when the backend does not exist.
+    shows, by API group, in place of `config`. `connect`: the way to the brain, in place of gRPC. Raises ConfigError
+    when the configuration cannot be used, and BackendUnavailable when the backend does not exist.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class NodeAgent:
         backend: Backend | None = None,
         events: EventRecorder | None = None,
         shown: Mapping[str, Any] | None = None,
+        connect: Connect | None = None,
     ) -> None:
         self._events = events
         self._config = config
@@ -71,7 +73,7 @@ class NodeAgent:
         self._sessions = Sessions(
             node=self.node,
             brains=config.brain.addresses,
-            tls=config.brain,
+            connect=connect or _dialler(config),
             holdings=self._holdings,
             sink=self._sink,
         )
@@ -195,6 +197,12 @@ class NodeAgent:
         if tenant is not None and not found:
             raise KeyError(f"tenant {tenant!r} is not on this node")
         return found
+
+
+def _dialler(config: NodeConfiguration) -> Connect:
+    from vcproxy.node.dialling import Dialler  # gRPC, which a node with its brain in the same process does without
+
+    return Dialler(config.brain)
 
 
 def _backend(config: NodeConfiguration) -> Backend:

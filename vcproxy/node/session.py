@@ -1,30 +1,22 @@
 """The node's stream from a brain: connect, say what is held, take what comes, and do so again for ever.
 
-What messages mean is in `receiver`, what is said in `outbox`; this module owns the connection. Any replica of the brain
-will do, because what is held is named by digests: addresses are tried in turn, in an order of each node's own, so that
-nodes spread. A pause between attempts grows with each round and is jittered, so that a brain that comes back is not met
-by a thousand nodes at the same instant.
+What messages mean is in `receiver`, what is said in `outbox`, how octets travel in `dialling`; this module owns the
+connection. Any replica of the brain will do, because what is held is named by digests: addresses are tried in turn, in
+an order of each node's own, so that nodes spread. A pause between attempts grows with each round and is jittered, so
+that a brain that comes back is not met by a thousand nodes at the same instant.
 
 A brain that is behind this node in some tenant (it says so, see receiver) sends nothing of it until it has caught up.
 It gets `PATIENCE` for that; then another replica is tried, and again ever more seldom: where no replica can read the
-tenant's API server, moving on is of no use. A name that stands for several replicas is dialled at a random one of its
-addresses, not at the first.
-
-Certificates are read at each attempt: gRPC's client side cannot reload them, and a rotation does not end a stream that
-stands. A brain that is dead but whose connection stands is noticed by pings, within `keepalive` plus its timeout
-(`grpc.http2.ping_timeout_ms` is what counts; without it gRPC waits more than a minute whatever the keepalive options).
+tenant's API server, moving on is of no use.
 """
 
 import asyncio
-import contextlib
 import importlib.metadata
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Never, Protocol
-
-import grpc
 
 from vcproxy.backend.protocol import Rejection
 from vcproxy.node.holdings import Disconnected, Holdings, SessionEvent
@@ -34,11 +26,10 @@ from vcproxy.node.receiver import ProtocolError, Receiver
 from vcproxy.node.share import Redundant, ShareReceiver
 from vcproxy.ops import logs, stopping
 
-METHOD = "/vcproxy.v1.Distribution/Watch"
 VERSION = importlib.metadata.version("vcproxy")
 
-LARGEST_MESSAGE = 16 << 20
-"""Octets. Parts of snapshots are cut at 256 KiB, but one service port is never divided."""
+IN_PROCESS = "in-process"
+"""The address of a brain in the same process."""
 
 WELCOME_TIMEOUT = 10.0
 FIRST_PAUSE = 0.25
@@ -52,31 +43,7 @@ LONGEST_PATIENCE = 640.0
 """Seconds that a brain may be behind before another is tried; doubled each time, until nothing is behind."""
 LOOK_EVERY = 1.0
 
-_ANY_ADDRESS = '{"loadBalancingConfig":[{"pick_first":{"shuffleAddressList":true}}]}'  # gRFC A62
-
 _log = logs.get("session")
-
-Call = grpc.aio.StreamStreamCall[bytes, bytes]
-
-
-class Tls(Protocol):
-    """Paths of PEM files, as in the configuration's `brain`. `server_name`: "" for the host that is dialled."""
-
-    @property
-    def cert_file(self) -> str:
-        """This node's certificate, with its chain."""
-
-    @property
-    def key_file(self) -> str:
-        """Its key."""
-
-    @property
-    def ca_file(self) -> str:
-        """The CA that signs the brain's certificate."""
-
-    @property
-    def server_name(self) -> str:
-        """The name that must be in the brain's certificate."""
 
 
 class StreamEnded(Exception):
@@ -87,11 +54,27 @@ class NeedlessStream(StreamEnded):
     """It leads to where another one leads."""
 
 
+class Link(Protocol):
+    """A stream of messages in both directions."""
+
+    async def read(self) -> bytes:
+        """The next message. Raises StreamEnded when there is none and will be none."""
+
+    async def write(self, data: bytes) -> None:
+        """Send a message; returns when there is room for the next. On a stream that is over: nothing."""
+
+
+Connect = Callable[[str, str], AbstractAsyncContextManager[Link]]
+"""A stream to the brain at an address, while its context is open. Second, the host that was looked up for it, which its
+certificate must name unless the configuration has another name; "": the address says it. Raises StreamEnded."""
+
+
 class Session:
     """One node's connection to the brain. All methods belong to the event loop's thread.
 
     `brains`: host:port of every replica. `holdings` may have content from an earlier run. `sink` gets every event on
-    the loop and must be quick. `offers`: the session is a content stream, one of several. Times in seconds.
+    the loop and must be quick. `host`: as of Connect. `offers`: the session is a content stream, one of several.
+    Times in seconds.
     """
 
     def __init__(
@@ -99,12 +82,11 @@ class Session:
         *,
         node: str,
         brains: Sequence[str],
-        tls: Tls,
+        connect: Connect,
         holdings: Holdings,
         sink: Callable[[SessionEvent], None],
+        host: str = "",
         offers: Offers | None = None,
-        keepalive: float = 10.0,
-        keepalive_timeout: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         chance: random.Random | None = None,
@@ -112,12 +94,11 @@ class Session:
         if not brains:
             raise ValueError("no address of a brain: set brain.addresses")
         self._node = node
-        self._tls = tls
+        self._connect = connect
+        self._host = host
         self._sink = sink
         self._shares = offers is not None
         self.reason = "not connected yet"
-        self._keepalive = keepalive
-        self._keepalive_timeout = keepalive_timeout
         self._clock = clock
         self._sleep = sleep
         self._chance = chance or random.Random()
@@ -195,60 +176,26 @@ class Session:
         hello = self._receiver.start(self._node, VERSION)
         self._wake.clear()
         try:
-            async with asyncio.TaskGroup() as group, self._channel(address) as channel:
-                call: Call = channel.stream_stream(METHOD)()
-                group.create_task(self._write(call, hello))
-                if not address.startswith("unix:") and not self._shares:
+            async with asyncio.TaskGroup() as group, self._connect(address, self._host) as link:
+                group.create_task(self._write(link, hello))
+                if address != IN_PROCESS and not address.startswith("unix:") and not self._shares:
                     group.create_task(self._judge_brain())
-                try:
-                    await self._read(call)
-                finally:
-                    call.cancel()
+                await self._read(link)
         finally:
             self._receiver.stop()
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        try:
-            certificate, key, ca = (
-                Path(path).read_bytes() for path in (self._tls.cert_file, self._tls.key_file, self._tls.ca_file)
-            )
-        except OSError as error:
-            raise StreamEnded(f"a certificate cannot be read: {error}") from None
-        milliseconds = int(self._keepalive_timeout * 1000)
-        options: list[tuple[str, Any]] = [
-            ("grpc.max_receive_message_length", LARGEST_MESSAGE),
-            ("grpc.keepalive_time_ms", int(self._keepalive * 1000)),
-            ("grpc.keepalive_timeout_ms", milliseconds),
-            ("grpc.http2.ping_timeout_ms", milliseconds),
-            ("grpc.http2.max_pings_without_data", 0),
-            ("grpc.enable_retries", 0),
-            # No proxy from the environment, and no connection (or its backoff) left over from an earlier attempt.
-            ("grpc.enable_http_proxy", 0),
-            ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.service_config", _ANY_ADDRESS),
-        ]
-        if self._tls.server_name:
-            options.append(("grpc.ssl_target_name_override", self._tls.server_name))
-        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-        return grpc.aio.secure_channel(address, credentials, options)
-
-    async def _read(self, call: Call) -> Never:
+    async def _read(self, link: Link) -> Never:
         """Take what comes. Raises StreamEnded when there is no more."""
         deadline = asyncio.timeout(WELCOME_TIMEOUT)
         try:
             async with deadline:
                 while True:
-                    raw = await call.read()
-                    if not isinstance(raw, bytes):
-                        raise StreamEnded("the brain ended the stream")
-                    self._receiver.receive(raw)
+                    self._receiver.receive(await link.read())
                     deadline.reschedule(None)
         except TimeoutError:
             if not deadline.expired():
                 raise
             raise StreamEnded("the brain did not welcome this node in time") from None
-        except grpc.aio.AioRpcError as error:
-            raise StreamEnded(f"{error.code().name}: {error.details()}") from None
         except Redundant as error:
             raise NeedlessStream(str(error)) from None
         except ProtocolError as error:
@@ -269,21 +216,15 @@ class Session:
                 many = f"{len(behind)} tenants, {behind[0]} among them"
                 raise StreamEnded(f"this brain is behind in {many}; another is asked")
 
-    async def _write(self, call: Call, hello: bytes) -> None:
-        await _send(call, hello)
+    async def _write(self, link: Link, hello: bytes) -> None:
+        await link.write(hello)
         while True:
             data = self._outbox.take()
             if data is None:
                 self._wake.clear()
                 await self._wake.wait()
             else:
-                await _send(call, data)
-
-
-async def _send(call: Call, data: bytes) -> None:
-    # A stream that is over tells why when it is read, and a reader there always is.
-    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-        await call.write(data)
+                await link.write(data)
 
 
 def _call_later(delay: float, act: Callable[[], None]) -> asyncio.TimerHandle:

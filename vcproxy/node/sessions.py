@@ -12,12 +12,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Never
 
-import msgspec
-
 from vcproxy.backend.protocol import Rejection
 from vcproxy.node.holdings import Connected, Disconnected, Holdings, SessionEvent, TenantGone, TenantsComplete
 from vcproxy.node.offers import Offers
-from vcproxy.node.session import Session, Tls
+from vcproxy.node.session import Connect, Session
 from vcproxy.ops import logs, metrics
 
 RESOLVE_SECONDS = 5.0
@@ -25,15 +23,6 @@ AWAIT_SECONDS = 60.0
 """How long a node that starts is not ready for want of a tenant that no brain has told it."""
 
 _log = logs.get("session")
-
-
-class _Dialled(msgspec.Struct, frozen=True):
-    """A Tls for an address that was looked up: the name that the certificate must have is that of its host."""
-
-    cert_file: str
-    key_file: str
-    ca_file: str
-    server_name: str
 
 
 class Sessions:
@@ -47,7 +36,7 @@ class Sessions:
         *,
         node: str,
         brains: Sequence[str],
-        tls: Tls,
+        connect: Connect,
         holdings: Holdings,
         sink: Callable[[SessionEvent], None],
         resolve: Callable[[str], Iterable[str]] | None = None,
@@ -56,7 +45,7 @@ class Sessions:
     ) -> None:
         self._node = node
         self._brains = tuple(brains)
-        self._tls = tls
+        self._connect = connect
         self._holdings = holdings
         self._sink = sink
         self._resolve = resolve or look_up
@@ -65,7 +54,7 @@ class Sessions:
         self._sharded = False
         self._wake = asyncio.Event()
         self._offers = Offers(holdings, lambda uid: sink(TenantGone(uid)))
-        self._leading = Session(node=node, brains=brains, tls=tls, holdings=holdings, sink=self._lead, **how)
+        self._leading = Session(node=node, brains=brains, connect=connect, holdings=holdings, sink=self._lead, **how)
         self._shares: dict[str, tuple[Session, asyncio.Task[Never]]] = {}
         self._found: dict[str, tuple[str, ...]] = {}
         self._named_at: float | None = None
@@ -132,9 +121,9 @@ class Sessions:
                 if address not in wanted and not (self._sharded and session.brain):
                     task.cancel()
                     del self._shares[address]
-            for address, server_name in wanted.items():
+            for address, host in wanted.items():
                 if address not in self._shares:
-                    session = self._share(address, server_name)
+                    session = self._share(address, host)
                     self._shares[address] = session, group.create_task(session.run())
             metrics.FEEDERS.set(sum(1 for session, _ in self._shares.values() if session.brain))
             try:
@@ -143,12 +132,12 @@ class Sessions:
             except TimeoutError:
                 pass
 
-    def _share(self, address: str, server_name: str) -> Session:
-        tls = _Dialled(self._tls.cert_file, self._tls.key_file, self._tls.ca_file, server_name)
+    def _share(self, address: str, host: str) -> Session:
         return Session(
             node=self._node,
             brains=(address,),
-            tls=tls,
+            connect=self._connect,
+            host=host,
             holdings=self._holdings,
             sink=self._sink,
             offers=self._offers,
@@ -156,18 +145,18 @@ class Sessions:
         )
 
     async def _addresses(self) -> dict[str, str]:
-        """What to dial, and the name to be found there."""
+        """What to dial, and the host that it was looked up for."""
         wanted: dict[str, str] = {}
         for brain in self._brains:
             if brain.startswith("unix:"):
-                wanted[brain] = self._tls.server_name
+                wanted[brain] = ""
                 continue
             try:
                 self._found[brain] = tuple(await asyncio.to_thread(self._resolve, brain))
             except OSError as error:
                 _log.warning("a name cannot be looked up; its last addresses count", name=brain, error=str(error))
             host = brain.rpartition(":")[0].strip("[]")
-            wanted |= dict.fromkeys(self._found.get(brain, ()), self._tls.server_name or host)
+            wanted |= dict.fromkeys(self._found.get(brain, ()), host)
         return wanted
 
 

@@ -1,4 +1,4 @@
-"""A small certificate authority: for `vcproxy demo`, `vcproxy run` and tests. Production brings its own certificates.
+"""A small certificate authority: for `vcproxy demo` and tests. Production brings its own certificates.
 
 ECDSA P-256: a handshake costs a tenth of RSA's, and every TLS stack speaks it.
 """

@@ -25,6 +25,7 @@ from vcproxy.brain.inputs import TENANT_KINDS, ApiInput
 from vcproxy.brain.service import Brain
 from vcproxy.model.addresses import parse_address
 from vcproxy.node.config import BrainAddress
+from vcproxy.node.dialling import Dialler
 from vcproxy.node.holdings import FactsChanged, Holdings, PlacementChanged, TenantsComplete
 from vcproxy.node.session import Session
 from vcproxy.ops import admin, pki
@@ -100,7 +101,9 @@ async def node(directory: Path) -> AsyncIterator[tuple[Holdings, list[Any]]]:
         key_file=str(directory / "n1.key"),
         ca_file=str(directory / "ca.crt"),
     )
-    session = Session(node="n1", brains=address.addresses, tls=address, holdings=holdings, sink=events.append)
+    session = Session(
+        node="n1", brains=address.addresses, connect=Dialler(address), holdings=holdings, sink=events.append
+    )
     async with asyncio.TaskGroup() as group:
         task = group.create_task(session.run())
         try:

@@ -11,14 +11,16 @@ import grpc
 
 from vcproxy.brain.config import Listen
 from vcproxy.brain.distribution import Distributor, Limits
+from vcproxy.brain.server import serve
 from vcproxy.brain.store import Store
 from vcproxy.model.endpoints import READY, SERVING, Endpoint, HintSet, name_id, pack
 from vcproxy.model.node import NodeFacts
 from vcproxy.model.services import Frontend, FrontendKind, PortKey, Protocol, ServicePort
 from vcproxy.model.tenant import Tenant
 from vcproxy.node.config import BrainAddress
+from vcproxy.node.dialling import METHOD, Dialler
 from vcproxy.node.holdings import Holdings, SessionEvent, TenantChanged, TenantSynced
-from vcproxy.node.session import METHOD, Session
+from vcproxy.node.session import Session
 from vcproxy.node.sessions import Sessions
 from vcproxy.ops.pki import Authority, KeyPair
 from vcproxy.pb import distribution_pb2
@@ -168,7 +170,7 @@ async def brain(
             client_ca_file=listen.client_ca_file,
         )
     async with asyncio.TaskGroup() as group:
-        server = group.create_task(distributor.serve(listen, bound=bound.set_result))
+        server = group.create_task(serve(distributor, listen, bound=bound.set_result))
         try:
             yield Brain(store, placement, distributor, await bound)
         finally:
@@ -218,11 +220,9 @@ async def node(
     how: dict[str, Any] = {
         "node": name,
         "brains": brains,
-        "tls": tls,
+        "connect": Dialler(tls, keepalive=keepalive, keepalive_timeout=keepalive),
         "holdings": held,
         "sink": sink,
-        "keepalive": keepalive,
-        "keepalive_timeout": keepalive,
         "sleep": pause,
         "chance": random.Random(1),
     }

@@ -14,6 +14,7 @@ from vcproxy.model.services import ServicePort
 from vcproxy.model.tenant import EMPTY_DIGEST, PutPort, TenantModel
 from vcproxy.node import receiver as receiver_module
 from vcproxy.node.config import BrainAddress
+from vcproxy.node.dialling import Dialler
 from vcproxy.node.holdings import Disconnected, Holdings, SessionEvent, TenantChanged
 from vcproxy.node.outbox import MOST_REJECTIONS, Outbox
 from vcproxy.node.receiver import ProtocolError, Receiver
@@ -316,7 +317,7 @@ async def test_pauses_between_attempts_grow_with_each_round_and_are_jittered() -
     session = Session(
         node="n",
         brains=["127.0.0.1:1", "127.0.0.1:2"],
-        tls=BrainAddress(cert_file="/nonexistent/tls.crt"),
+        connect=Dialler(BrainAddress(cert_file="/nonexistent/tls.crt")),
         holdings=Holdings(),
         sink=events.append,
         sleep=sleep,

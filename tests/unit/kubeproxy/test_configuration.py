@@ -13,7 +13,7 @@ from vcproxy.node.config import Conntrack, DetectLocal, NodeConfiguration
 from vcproxy.ops.configfile import ConfigError
 
 HEADER = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
-AROUND = Surroundings(node="n1", shared="/run/vcproxy/run-x", state_directory="/s", runtime_directory="/r")
+AROUND = Surroundings(node="n1", state_directory="/s", runtime_directory="/r")
 KUBEADM = Path(__file__).with_name("kubeadm.yaml")
 
 
@@ -40,7 +40,6 @@ def test_kubeadms_file_needs_no_word() -> None:
     assert brain.super_cluster.kubeconfig == "/var/lib/kube-proxy/kubeconfig.conf"
     assert brain.super_cluster.node == "n1"
     assert not brain.super_cluster.pods  # kube-proxy's role may not read them
-    assert brain.listen.address == node.brain.addresses[0]
     assert node.detect_local == DetectLocal(mode="ClusterCIDR", cluster_cidrs=("10.244.0.0/16",))
     assert node.node_port_addresses == ("primary",)
     assert node.health_address == "0.0.0.0:10256"

@@ -17,6 +17,7 @@ from tests.unit.node.conftest import FACTS, NODE, service_port
 from vcproxy.brain.config import Listen
 from vcproxy.brain.distribution import Distributor
 from vcproxy.brain.placement import Claim, Placement
+from vcproxy.brain.server import serve
 from vcproxy.brain.store import Store
 from vcproxy.model.addresses import parse_address
 from vcproxy.model.tenant import SUPER_UID, Tenant, TenantModel
@@ -119,7 +120,7 @@ async def test_with_a_real_brain_over_mutual_tls(config: NodeConfiguration, tmp_
     kernel.tables["left-behind"] = {}
     tables = kernel.tables
     async with asyncio.TaskGroup() as group:
-        serving = group.create_task(distributor.serve(listen, bound=port.set_result))
+        serving = group.create_task(serve(distributor, listen, bound=port.set_result))
         connected = msgspec.structs.replace(
             config,
             brain=BrainAddress(

@@ -22,6 +22,7 @@ from vcproxy.brain.superaccess import SuperAccess
 from vcproxy.kube.client import Limits
 from vcproxy.model.tenant import Tenant
 from vcproxy.node.config import BrainAddress
+from vcproxy.node.dialling import Dialler
 from vcproxy.node.holdings import Holdings
 from vcproxy.node.session import Session, StreamEnded
 
@@ -51,7 +52,9 @@ class Slow:
 
 
 def session(slow: Slow, api: FakeApiServer, directory: Path, patch: pytest.MonkeyPatch) -> Coroutine[Any, Any, None]:
-    made = Session(node="n1", brains=["x:1"], tls=BrainAddress(), holdings=Holdings(), sink=lambda event: None)
+    made = Session(
+        node="n1", brains=["x:1"], connect=Dialler(BrainAddress()), holdings=Holdings(), sink=lambda event: None
+    )
 
     async def ended() -> None:
         raise StreamEnded("over")
