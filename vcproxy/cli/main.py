@@ -3,8 +3,12 @@
 Commands are imported when they are called: an agent does not pay for the demo's imports, nor `get` for grpc's.
 """
 
+import contextlib
+import gc
 import importlib
+import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -33,8 +37,28 @@ class LazyGroup(click.Group):
         module = COMMANDS.get(cmd_name)
         if module is None:
             return None
-        command: click.Command = getattr(importlib.import_module(module), cmd_name)
+        with _importing():
+            command: click.Command = getattr(importlib.import_module(module), cmd_name)
         return command
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """A daemon's modules in three quarters of the time: no search for cycles in what is going to stay, and no reading
+    of the system's CAs by aiohttp, for two contexts that we never use."""
+    nowhere = {"SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull}
+    before = {name: os.environ.get(name) for name in nowhere}
+    gc.disable()
+    os.environ.update(nowhere)
+    try:
+        yield
+    finally:
+        gc.enable()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class Failure(click.ClickException):
@@ -52,7 +76,7 @@ def version() -> str:
 
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(version=version(), prog_name="vcproxy")
+@click.version_option(package_name="vcproxy", prog_name="vcproxy")
 def main() -> None:
     """The Service proxy for clusters whose nodes are shared by many tenant control planes.
 

@@ -18,13 +18,12 @@ import binascii
 import hashlib
 import os
 import re
+import ssl
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
-
-from cryptography import x509
 
 from vcproxy.kube.documents import MAX_BYTES, parse
 from vcproxy.kube.errors import KubeconfigError, printable
@@ -202,7 +201,7 @@ def _refuse_dangerous(section: Mapping[str, object], where: str, known: frozense
 def _check(credentials: Credentials, *, system_roots: bool) -> None:
     """What a TLS library would discover later, or with a question on the terminal (an encrypted key), is said here."""
     if credentials.ca_pem or not system_roots:
-        _check_certificates(credentials.ca_pem, "cluster.certificate-authority-data")
+        _check_authority(credentials.ca_pem, "cluster.certificate-authority-data")
     if bool(credentials.client_cert_pem) != bool(credentials.client_key_pem):
         missing = "client-key-data" if credentials.client_cert_pem else "client-certificate-data"
         _refuse(f"user.{missing}", "is missing", cure="a client certificate needs its key, and a key its certificate")
@@ -218,12 +217,25 @@ def _check(credentials: Credentials, *, system_roots: bool) -> None:
         _refuse("user", "holds no credential", cure=_CERT_OR_TOKEN)
 
 
+def _check_authority(pem: bytes, field: str) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        _refuse_certificate(pem, field)
+
+
 def _check_certificates(pem: bytes, field: str) -> None:
+    from cryptography import x509  # 8 MiB, for whoever has certificates
+
     try:
         for certificate in x509.load_pem_x509_certificates(pem):
             _ = certificate.not_valid_after_utc  # a date that does not exist is an error here, not where it is shown
     except ValueError:
-        _refuse(field, "holds no readable PEM certificate" if pem else "is missing", cure="give certificates in PEM")
+        _refuse_certificate(pem, field)
+
+
+def _refuse_certificate(pem: bytes, field: str) -> NoReturn:
+    _refuse(field, "holds no readable PEM certificate" if pem else "is missing", cure="give certificates in PEM")
 
 
 def _check_token(token: str, field: str) -> None:

@@ -10,7 +10,6 @@ import binascii
 from typing import NamedTuple
 
 import msgspec
-from cryptography import x509
 
 from vcproxy.kube.kubeconfig import Credentials
 
@@ -38,6 +37,8 @@ def lifetime(credentials: Credentials) -> Lifetime | None:
     """Of what ends first; None: nothing has an end. A token in a file is renewed there, by somebody else."""
     found: list[Lifetime] = []
     if credentials.client_cert_pem:
+        from cryptography import x509  # 8 MiB, for whoever has certificates
+
         certificate = x509.load_pem_x509_certificate(credentials.client_cert_pem)
         found.append(
             Lifetime(certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp())

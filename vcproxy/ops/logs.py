@@ -10,7 +10,15 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import msgspec
-import structlog
+
+# structlog would import rich, if it is there, for tracebacks that we do not have it draw: a tenth of a daemon's start.
+if "rich" in sys.modules:
+    import structlog
+else:
+    sys.modules["rich"] = None  # type: ignore[assignment]
+    import structlog
+
+    del sys.modules["rich"]
 
 LONGEST_VALUE = 512
 
@@ -21,7 +29,9 @@ def configure(level: str = "info", fmt: str = "json") -> None:
     if fmt == "json":
         renderer = structlog.processors.JSONRenderer(serializer=_to_json)
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

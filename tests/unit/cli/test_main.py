@@ -1,6 +1,8 @@
 """The command line: every command explains itself, errors are one line with a cure."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,3 +147,19 @@ def test_status_prints_what_the_socket_says(tmp_path: Path, output: str, monkeyp
     assert "why" in result.output
     if output == "json":
         assert json.loads(result.output) == STATUS
+
+
+def test_importing_a_command_leaves_the_environment_and_the_collector_as_they_were() -> None:
+    """aiohttp is not to read the system's CAs; what we connect to with them must."""
+    code = (
+        "import gc, os, ssl, sys, click\n"
+        "os.environ['SSL_CERT_DIR'] = '/somewhere'\n"
+        "from vcproxy.cli.main import main\n"
+        "main.get_command(click.Context(main), 'run')\n"
+        "import aiohttp.connector\n"
+        "assert not aiohttp.connector._SSL_CONTEXT_VERIFIED.get_ca_certs()\n"
+        "assert gc.isenabled() and 'rich' not in sys.modules and 'cryptography' not in sys.modules\n"
+        "assert os.environ['SSL_CERT_DIR'] == '/somewhere' and 'SSL_CERT_FILE' not in os.environ\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

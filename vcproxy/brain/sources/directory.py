@@ -22,8 +22,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-import watchfiles
-
 from vcproxy.brain.sources import Access, Kind, Problem, SourceComplete, SourceSink, TenantFound, TenantGone
 from vcproxy.brain.sources.folder import REMOVAL_SECONDS, Folder
 from vcproxy.brain.sources.manifests import MAX_BYTES, Key, Manifest, ManifestError, Object, parse_manifest
@@ -103,6 +101,8 @@ class DirectorySource:
         raise AssertionError("unreachable")
 
     async def _watch(self) -> NoReturn:
+        import watchfiles  # for whoever has a folder
+
         while True:
             try:
                 # 10 ms of quiet, at most 200: a file is read when its writer pauses, and often but once.
