@@ -7,7 +7,8 @@ it; it gets its last good form back and is reported.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +28,7 @@ from vcproxy.model.forwarding import ForwardedPort
 from vcproxy.model.services import PortKey, Protocol
 from vcproxy.model.tenant import SUPER_UID
 from vcproxy_nftables import adopt, cleaning, listing, node, repair
+from vcproxy_nftables.batch import Batch
 from vcproxy_nftables.changes import Changes
 from vcproxy_nftables.kernel import Kernel
 from vcproxy_nftables.plan import Planner
@@ -38,6 +40,11 @@ from vcproxy_nftables.zones import FIRST, LAST, Zones
 
 MAX_REFUSED = 32
 """Ports of one update that the kernel may refuse before the update is given up."""
+
+MAX_AHEAD = 4
+"""Pieces that are planned and wait for the kernel: they are memory."""
+PIECE = 500
+"""Ports of a first load that are planned at a time, while the kernel takes the ones before."""
 
 
 class NftablesBackend:
@@ -145,11 +152,44 @@ class NftablesBackend:
             removed = tenant.ports.keys() - {port.key for port in update.put}
         for key in removed:
             self._planner.remove(plan, tenant, key)
+        if adoption is None and len(update.put) > PIECE and not any(previous.values()):
+            return self._load(plan, tenant, update.put, previous)
         rejected = self._planner.put(plan, tenant, update.put, hint=adoption.hint if adoption else None)
         if adoption:
             adoption.finish()
         done = self._execute(plan, tenant, previous)
         return msgspec.structs.replace(done, rejections=(*rejected, *done.rejections))
+
+    def _load(
+        self,
+        plan: Plan,
+        tenant: Tenant,
+        ports: Sequence[ForwardedPort],
+        previous: Mapping[PortKey, ForwardedPort | None],
+    ) -> Applied:
+        """Program ports that are all new, piece by piece: the kernel needs no interpreter, so a thread of its own
+        commits one piece while the next is planned. New ports give nothing up, so the pieces are as good as one."""
+        rejected: list[Rejection] = []
+        commits: list[Future[int]] = []
+        plans: list[Plan] = []
+        with ThreadPoolExecutor(1, "commits") as executor:
+            for start in range(0, len(ports), PIECE):
+                rejected += self._planner.put(plan, tenant, ports[start : start + PIECE])
+                batches = plan.changes.transactions(self._kernel.netlink.batch)
+                commits.append(executor.submit(self._commit_next, commits[-1:], plan, batches))
+                plans.append(plan)
+                plan = Plan()
+                if len(commits) > MAX_AHEAD:
+                    wait([commits[-MAX_AHEAD]])
+        done = self._concluded(lambda: sum(commit.result() for commit in commits), plans, tenant, previous)
+        return msgspec.structs.replace(done, rejections=(*rejected, *done.rejections))
+
+    def _commit_next(self, before: Sequence[Future[int]], plan: Plan, batches: Sequence[Batch]) -> int:
+        """Commit if what was before could be; else fail in the same way."""
+        for commit in before:
+            commit.result()
+        self._kernel.ensure(plan)
+        return self._kernel.send(batches)
 
     def remove_tenant(self, uid: str) -> None:
         """Remove all of a tenant. Its zone is kept for as long as it is attached, and flushed in any case."""
@@ -242,17 +282,33 @@ class NftablesBackend:
         previous: Mapping[PortKey, ForwardedPort | None] | None = None,
     ) -> Applied:
         """Commit a plan; the rejections are the ports that the kernel refused. Raises BackendError."""
+
+        def commit() -> int:
+            self._kernel.ensure(plan)
+            return self._kernel.send(plan.changes.transactions(self._kernel.netlink.batch))
+
+        return self._concluded(commit, [plan], tenant, previous or {})
+
+    def _concluded(
+        self,
+        commit: Callable[[], int],
+        plans: Sequence[Plan],
+        tenant: Tenant | None,
+        previous: Mapping[PortKey, ForwardedPort | None],
+    ) -> Applied:
+        """Commit plans, and do what is due behind a commit."""
         refused: list[Rejection] = []
         with _system_errors():
             try:
-                self._kernel.ensure(plan)
-                count = self._kernel.commit(plan.changes)
+                count = commit()
             except NetlinkError:
-                count, refused = self._mend_or_reject(tenant, previous or {})
-            for family, number in plan.freed:
-                self._planner.numbers[family].release(number)
-            reconciled = tuple(self._reconcile(plan))
-        return Applied(count, tuple(refused), reconciled)
+                count, refused = self._mend_or_reject(tenant, previous)
+            reconciled: list[Reconciled] = []
+            for plan in plans:
+                for family, number in plan.freed:
+                    self._planner.numbers[family].release(number)
+                reconciled += self._reconcile(plan)
+        return Applied(count, tuple(refused), tuple(reconciled))
 
     def _mend_or_reject(
         self, tenant: Tenant | None, previous: Mapping[PortKey, ForwardedPort | None]
@@ -296,7 +352,7 @@ class NftablesBackend:
             self._planner.node_addresses,
         )
         kernel.ensure(plan)
-        count = kernel.commit(plan.changes)
+        count = kernel.send(plan.changes.transactions(kernel.netlink.batch))
         self._repair_due = False
         return count, Drift(missing=drift.missing, foreign=drift.foreign, rebuilt=rebuilt)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from vcproxy.backend.protocol import BackendError, BackendUnavailable
 from vcproxy_nftables import chains, table
-from vcproxy_nftables.changes import Changes
+from vcproxy_nftables.batch import Batch
 from vcproxy_nftables.conntrack import Conntrack
 from vcproxy_nftables.netlink import Nfnetlink, TableMissing
 from vcproxy_nftables.planned import Plan
@@ -160,10 +160,10 @@ class Kernel:
         self._pending = False
         return changed
 
-    def commit(self, changes: Changes) -> int:
-        """Commit changes; returns how many operations. Raises NetlinkError and its kinds."""
+    def send(self, batches: Iterable[Batch]) -> int:
+        """Commit transactions in turn; returns how many operations. Raises NetlinkError and its kinds."""
         count = 0
-        for batch in changes.transactions(self.netlink.batch):
+        for batch in batches:
             self.netlink.commit(batch)
             count += len(batch)
         return count

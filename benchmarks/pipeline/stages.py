@@ -5,6 +5,7 @@ takes when nobody has to think.
 """
 
 import gc
+import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from vcproxy.backend.protocol import Attachments, TenantUpdate
 from vcproxy.brain.compiler import Compiler
 from vcproxy.brain.guard import UNRESTRICTED
 from vcproxy.brain.store import Store
+from vcproxy.cli.daemons import SWITCH_SECONDS
 from vcproxy.kube import shapes
 from vcproxy.lab import netns
 from vcproxy.model.forwarding import ForwardedPort
@@ -64,6 +66,7 @@ def first_load(stages: Stages, services: int, endpoints: int) -> dict[str, Any]:
     loaded = decoded(services, endpoints)
     gc.collect()
     garbage.tune()  # as the programs do
+    sys.setswitchinterval(SWITCH_SECONDS)
     store = Store()
     store.add_tenant(TENANT)
     compiler = Compiler(UNRESTRICTED)

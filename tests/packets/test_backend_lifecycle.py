@@ -6,7 +6,7 @@ import json
 import re
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from vcproxy.lab import Lab, Node, Pod, Reply, TcpSession, netns, tcp_request
 from vcproxy.model.addresses import parse_address, parse_prefix
 from vcproxy.model.services import FrontendKind, Protocol
 from vcproxy_nftables import NftablesBackend, table
+from vcproxy_nftables.batch import Batch
 from vcproxy_nftables.kernel import _SHAPES
 from vcproxy_nftables.netlink import Nfnetlink
 from vcproxy_nftables.specs import FAMILY, PORT
@@ -299,16 +300,17 @@ def test_a_port_that_the_kernel_refuses_is_rejected_alone_and_keeps_its_last_goo
         good = service(cluster_ip(VIP[4]), [world.near], name="good")
         backend.put("super", good)
         kernel = backend.backend._kernel
-        commit, poison = kernel.commit, PORT[Protocol.TCP, 4].frontends
+        send, poison = kernel.send, PORT[Protocol.TCP, 4].frontends
         bad = bytes(4) + bytes((10, 97, 0, 66)) + (80).to_bytes(2, "big") + bytes(2)
 
-        def refusing(changes: Any) -> int:
+        def refusing(batches: Iterable[Batch]) -> int:
             """A kernel that will not have one element; of what we write, the true one refuses nothing."""
-            if any(bad in held for spec, held in changes._elements.items() if spec == poison):
+            found = list(batches)
+            if any(bad in batch.message() for batch in found):
                 raise NetlinkError("no", errno=22, name=poison.name, key=bad)
-            return commit(changes)
+            return send(found)
 
-        kernel.commit = refusing  # type: ignore[method-assign]
+        kernel.send = refusing  # type: ignore[method-assign]
         applied = backend.put(
             "super",
             service(cluster_ip(VIP[4]), [world.far], name="good"),

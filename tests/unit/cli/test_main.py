@@ -154,6 +154,7 @@ def test_importing_a_command_leaves_the_environment_and_the_collector_as_they_we
     code = (
         "import gc, os, ssl, sys, click\n"
         "os.environ['SSL_CERT_DIR'] = '/somewhere'\n"
+        "os.environ.pop('SSL_CERT_FILE', None)\n"
         "from vcproxy.cli.main import main\n"
         "main.get_command(click.Context(main), 'run')\n"
         "import aiohttp.connector\n"
