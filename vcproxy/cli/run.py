@@ -243,9 +243,15 @@ async def _both(
     agent = NodeAgent(node, events=recorder, shown={GROUP: external(config)}, connect=way)
     with stopping.signals() as stop:
 
+        async def first_things_first() -> None:
+            # The brain would compete for the interpreter with what has kept all connections alive meanwhile.
+            if agent.remembers:
+                await agent.started.wait()
+            await half.run(stop)
+
         async def serve() -> None:
             async with asyncio.TaskGroup() as group:
-                group.create_task(half.run(stop))
+                group.create_task(first_things_first())
                 group.create_task(agent.run(stop))
                 if take_over:
                     group.create_task(takeover.take_over(lambda: agent.has_programmed(SUPER_UID), agent.not_served))

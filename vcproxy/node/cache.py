@@ -114,6 +114,11 @@ class Cache:
 
     # Reading.
 
+    @property
+    def remembers(self) -> bool:
+        """True if there is something of some tenant."""
+        return any(self._directory.glob("*" + SUFFIX))
+
     def load(self) -> Remembered:
         """All that is on disk and usable. Blocks; never raises."""
         try:

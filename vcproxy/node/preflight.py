@@ -78,6 +78,10 @@ def _kernel(machine: Machine) -> Check:
     return Check("kernel", State.ERROR, machine.release, f"boot a kernel >= {_dotted(OLDEST_KERNEL)}")
 
 
+_CHAINS = ("nft", "list", "chains")
+"""To list tables, or one chain, nft 1.0.6 reads every element of every table."""
+
+
 def _nft(machine: Machine) -> Check:
     output = machine.run(("nft", "--version"))
     if output is None:
@@ -86,8 +90,8 @@ def _nft(machine: Machine) -> Check:
     version = found[1] if found else output.strip()
     if _version(version) < OLDEST_NFT:
         return Check("nft", State.ERROR, version, f"install nftables >= {_dotted(OLDEST_NFT)}")
-    if machine.run(("nft", "list", "tables")) is None:
-        return Check("nft", State.ERROR, f"{version}, but it cannot list tables", "load the kernel module nf_tables")
+    if machine.run(_CHAINS) is None:
+        return Check("nft", State.ERROR, f"{version}, but it cannot list chains", "load the kernel module nf_tables")
     return Check("nft", State.OK, version)
 
 
@@ -143,12 +147,15 @@ def _conntrack(machine: Machine) -> Iterator[Check]:
 def _rivals(machine: Machine) -> Iterator[Check]:
     """kube-proxy's leftovers, or kube-proxy itself, translate the super cluster's packets before or beside us."""
     cure = "leave it only if vcproxy has no super cluster; else stop kube-proxy, and `vcproxy run --cleanup`"
-    tables = (machine.run(("nft", "list", "tables")) or "").splitlines()
-    for family in ("ip", "ip6"):
-        if f"table {family} kube-proxy" in tables:
-            yield Check("kube-proxy", State.WARNING, f"table {family} kube-proxy", cure)
-        if machine.run(("nft", "list", "chain", family, "nat", "KUBE-SERVICES")) is not None:
-            yield Check("kube-proxy", State.WARNING, f"chain KUBE-SERVICES in table {family} nat", cure)
+    table = ""
+    for line in (machine.run(_CHAINS) or "").splitlines():
+        match line.split():
+            case ["table", family, name, *_]:
+                table = f"{family} {name}"
+                if table in ("ip kube-proxy", "ip6 kube-proxy"):
+                    yield Check("kube-proxy", State.WARNING, f"table {table}", cure)
+            case ["chain", "KUBE-SERVICES", *_] if table in ("ip nat", "ip6 nat"):
+                yield Check("kube-proxy", State.WARNING, f"chain KUBE-SERVICES in table {table}", cure)
 
 
 def _version(text: str) -> tuple[int, ...]:

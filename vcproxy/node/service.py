@@ -58,6 +58,8 @@ class NodeAgent:
         shown: Mapping[str, Any] | None = None,
         connect: Connect | None = None,
     ) -> None:
+        self.started = asyncio.Event()
+        """What is remembered was tried to be programmed, or was there."""
         self._events = events
         self._config = config
         self._shown = shown or configz.document(config)
@@ -124,6 +126,7 @@ class NodeAgent:
                 await asyncio.to_thread(sysctls.apply, config.conntrack)
             await stack.enter_async_context(admin.serve(config.admin_socket, self._routes()))
             log.info("started", node=self.node, tenants=len(self._holdings))
+            self.started.set()
             async with asyncio.TaskGroup() as group:
                 if self._events is not None:
                     self._events.emit(Event("Node", "", self.node, "Normal", "Starting", "StartKubeProxy"))
@@ -145,6 +148,11 @@ class NodeAgent:
             _Served("healthAddress", config.health_address, healthy, config.bind_hard_fail),
             _Served("metricsAddress", config.metrics_address, shown, config.bind_hard_fail),
         )
+
+    @property
+    def remembers(self) -> bool:
+        """True if an earlier run left a last good state of some tenant. A look at the disk."""
+        return self._cache.remembers
 
     def has_programmed(self, uid: str) -> bool:
         """True once this run has programmed all of a tenant."""

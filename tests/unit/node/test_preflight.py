@@ -11,7 +11,11 @@ FILES = {
     "/proc/sys/net/netfilter/nf_conntrack_max": "262144\n",
     "/proc/sys/net/netfilter/nf_conntrack_count": "12\n",
 }
-OUTPUTS = {("nft", "--version"): "nftables v1.0.6 (Lester Gooch #5)\n", ("nft", "list", "tables"): "table inet other\n"}
+CHAINS = ("nft", "list", "chains")
+OUTPUTS = {
+    ("nft", "--version"): "nftables v1.0.6 (Lester Gooch #5)\n",
+    CHAINS: "table inet other {\n\tchain KUBE-SERVICES {\n\t}\n}\ntable inet kube-proxy {\n}\n",
+}
 
 
 def findings(
@@ -38,8 +42,8 @@ def test_a_good_node() -> None:
         ({"/proc/sys/net/bridge/bridge-nf-call-iptables": "0\n"}, {}, "6.1", "net.bridge.bridge-nf-call-iptables", State.WARNING, "sysctl -w"),
         ({"/proc/sys/net/ipv4/conf/all/rp_filter": "1\n"}, {}, "6.1", "net.ipv4.conf.all.rp_filter", State.WARNING, "=2"),
         ({"/proc/sys/net/netfilter/nf_conntrack_count": "262000\n"}, {}, "6.1", "conntrack", State.WARNING, "raise"),
-        ({}, {("nft", "list", "tables"): "table ip kube-proxy\n"}, "6.1", "kube-proxy", State.WARNING, "--cleanup"),
-        ({}, {("nft", "list", "chain", "ip6", "nat", "KUBE-SERVICES"): "chain"}, "6.1", "kube-proxy", State.WARNING, "--cleanup"),
+        ({}, {CHAINS: "table ip kube-proxy {\n\tchain services {\n\t}\n}\n"}, "6.1", "kube-proxy", State.WARNING, "--cleanup"),
+        ({}, {CHAINS: "table ip6 nat {\n\tchain KUBE-SERVICES {\n\t}\n}\n"}, "6.1", "kube-proxy", State.WARNING, "--cleanup"),
     ],
 )  # fmt: skip
 def test_a_bad_node(
