@@ -74,12 +74,13 @@ def log_level(config: KubeProxyConfiguration) -> str:
 def _super_cluster(config: KubeProxyConfiguration, around: Surroundings) -> SuperCluster | None:
     if not around.super_cluster:
         return None
-    # Where no tenant is, nothing hangs on Pods: kube-proxy's role (system:node-proxier) may not read them.
+    # Where no tenant is, nothing hangs on Pods or policies: kube-proxy's role (system:node-proxier) may not read them.
     return SuperCluster(
         kubeconfig=config.client_connection.kubeconfig or None,
         server=around.master,
         node=around.node,
         pods=bool(around.tenants),
+        tenant_policies=bool(around.tenants),
     )
 
 
