@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import time
 from typing import Any
@@ -115,6 +116,36 @@ def test_a_node_that_is_moved_to_a_replica_that_lags_keeps_what_it_has(
         assert scene.answers() == {"acme/web-2", "acme/web-3"}
         assert not any(row["behind"] for row in replicas.rows())
         scene.makes(lambda: scene.endpoints("web-1"))
+
+
+def test_what_a_node_was_told_of_itself_is_not_taken_back_by_a_replica_that_lags_on_the_super_cluster(
+    super_plane: ControlPlane, tenant_planes: tuple[ControlPlane, ControlPlane], tmp_path: Path
+) -> None:
+    acme, globex = tenant_planes
+    with replicated(tmp_path, super_plane, acme=acme, globex=globex) as replicas:
+        world, cluster = replicas.world, replicas.world.cluster
+        here = next(iter(world.nodes.values())).name
+        client = next(pod for (tenant, _), pod in world.pods.items() if tenant == "acme" and pod.node == here)
+        late = replace(client, name="late", ip4=client.ip4.rpartition(".")[0] + ".222", ip6=client.ip6 + "22")
+
+        def knows() -> bool:
+            return {late.ip4, late.ip6} <= {row["address"] for row in cluster.ask(here, "/addresses")}
+
+        def problems() -> list[str]:
+            return [row["problem"] for row in cluster.ask(here)["problems"]]
+
+        replicas.start_far()
+        replicas.freeze()
+        world.tell_pod("late", "acme", late)
+        cluster.wait("the node knows the new pod", knows)
+        replicas.move_to(FAR)
+        cluster.wait("the brain says that it lags", lambda: any("read pods up to" in said for said in problems()))
+        assert knows(), "a pod that is there was taken away"
+        replicas.thaw()
+        cluster.wait("it does no longer", lambda: not problems(), 60)
+        assert knows()
+        world.super.client.delete("Pod", "late", world.namespace, grace_period=0)
+        cluster.wait("a pod that is gone is taken away", lambda: not knows())
 
 
 def test_replicas_agree_on_an_api_server_that_was_made_anew(

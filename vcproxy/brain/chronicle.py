@@ -23,17 +23,21 @@ import msgspec
 from vcproxy.model.mark import LARGEST, UNMARKED, Mark, Position, lacking, parse_version
 
 KINDS = ("Service", "EndpointSlice")
-"""What content is compiled from."""
+"""What a tenant's content is compiled from."""
 
 
 class Chronicle:
-    """The mark of one tenant. Plain data; `wall` gives Unix seconds. A mark that was given out does not change.
+    """One mark. Plain data; `wall` gives Unix seconds. A mark that was given out does not change. `kinds`: of which it
+    speaks, others are not heeded.
 
     A batch of changes is `taken`, compiled step by step, and then `settled`: in between, content may have some of it.
     """
 
-    def __init__(self, mark: Mark = UNMARKED, *, wall: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, mark: Mark = UNMARKED, *, kinds: Collection[str] = KINDS, wall: Callable[[], float] = time.time
+    ) -> None:
         self.mark = mark
+        self._kinds = kinds
         self._wall = wall
         self._taken: dict[str, Position] = {}
         self._asked: dict[str, Position] = {}  # kinds in which a node is ahead, and its position
@@ -43,7 +47,7 @@ class Chronicle:
         """What is compiled from now on reaches up to `versions`; it has changes of the kinds `touched`, and whole lists
         of the kinds `listed`. A list without a version that is a number leaves its kind without position.
         """
-        for kind in KINDS:
+        for kind in self._kinds:
             if kind not in versions and kind not in listed:
                 continue
             if (version := parse_version(versions.get(kind, ""))) is None:

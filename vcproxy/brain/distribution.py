@@ -240,9 +240,10 @@ def parse_hello(raw: bytes, node: str) -> Greeting:
             if uid in known:
                 raise MalformedModel(uid, None, "Hello names the tenant twice")
             known[uid], marks[uid], unheard[uid] = digest, mark, doubted
+        own = plausible(convert.decode_mark("", hello.mark), time.time())
     except MalformedModel as error:
         raise Refused("INVALID_ARGUMENT", str(error)) from None
-    return Greeting(node, hello.agent[:256], known, marks, unheard, frozenset(hello.features))
+    return Greeting(node, hello.agent[:256], known, marks, unheard, frozenset(hello.features), own)
 
 
 def parse_known(held: distribution_pb2.Known) -> tuple[str, bytes, Mark, frozenset[str]]:

@@ -235,9 +235,16 @@ def encode_stale(uid: str, since: float | None, reason: str) -> bytes:
     ).SerializeToString()
 
 
-def encode_removed(uid: str) -> bytes:
-    """The tenant is gone, or no longer placed on the node."""
-    return distribution_pb2.BrainMessage(removed=distribution_pb2.TenantRemoved(tenant=uid)).SerializeToString()
+def encode_node_behind(reason: str) -> bytes:
+    """What the brain knows of the super cluster may be older than what the node was told; "": no longer."""
+    return distribution_pb2.BrainMessage(node_behind=distribution_pb2.NodeBehind(reason=reason)).SerializeToString()
+
+
+def encode_removed(uid: str, mark: Mark = UNMARKED) -> bytes:
+    """The tenant is gone, or no longer placed on the node. `mark`, here and below: of what the brain knows of that."""
+    return distribution_pb2.BrainMessage(
+        removed=distribution_pb2.TenantRemoved(tenant=uid, mark=convert.encode_mark(mark))
+    ).SerializeToString()
 
 
 def encode_released(uid: str) -> bytes:
@@ -245,24 +252,29 @@ def encode_released(uid: str) -> bytes:
     return distribution_pb2.BrainMessage(released=distribution_pb2.TenantReleased(tenant=uid)).SerializeToString()
 
 
-def encode_complete(uids: Iterable[str]) -> bytes:
+def encode_complete(uids: Iterable[str], mark: Mark = UNMARKED) -> bytes:
     """Every tenant of the node."""
     return distribution_pb2.BrainMessage(
-        complete=distribution_pb2.TenantsComplete(tenants=sorted(uids))
+        complete=distribution_pb2.TenantsComplete(tenants=sorted(uids), mark=convert.encode_mark(mark))
     ).SerializeToString()
 
 
-def encode_placement(put: Iterable[tuple[bytes, str]], removed: Iterable[bytes], *, complete: bool) -> bytes:
+def encode_placement(
+    put: Iterable[tuple[bytes, str]], removed: Iterable[bytes], mark: Mark = UNMARKED, *, complete: bool
+) -> bytes:
     """Pods of the node: address and tenant uid."""
     return distribution_pb2.BrainMessage(
         placement=distribution_pb2.Placement(
             complete=complete,
             put=[distribution_pb2.PlacedPod(address=address, tenant=uid) for address, uid in put],
             removed=removed,
+            mark=convert.encode_mark(mark),
         )
     ).SerializeToString()
 
 
-def encode_facts(facts: NodeFacts) -> bytes:
+def encode_facts(facts: NodeFacts, mark: Mark = UNMARKED) -> bytes:
     """Facts of the node."""
-    return distribution_pb2.BrainMessage(facts=convert.encode_facts(facts)).SerializeToString()
+    message = convert.encode_facts(facts)
+    message.mark.extend(convert.encode_mark(mark))
+    return distribution_pb2.BrainMessage(facts=message).SerializeToString()

@@ -4,7 +4,7 @@ import enum
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from vcproxy.model.mark import Mark
+from vcproxy.model.mark import UNMARKED, Mark
 from vcproxy.pb import features
 
 
@@ -19,7 +19,7 @@ class Kind(enum.Enum):
 class Greeting(NamedTuple):
     """A Hello, checked: `known` is what the node holds, tenant uid -> digest, and `marks` how new that is.
 
-    `unheard`: kinds of which it said what cannot be believed.
+    `unheard`: kinds of which it said what cannot be believed. `mark`: how new that is what it was told of itself.
     """
 
     node: str
@@ -28,6 +28,7 @@ class Greeting(NamedTuple):
     marks: Mapping[str, Mark] = {}
     unheard: Mapping[str, frozenset[str]] = {}
     features: frozenset[str] = frozenset()
+    mark: Mark = UNMARKED
 
     def kind(self, *, sharded: bool) -> Kind:
         """Of the stream that begins so; `sharded`: the brain has a part of the tenants."""

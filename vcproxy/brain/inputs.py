@@ -142,7 +142,7 @@ class ApiInput:
     `resources`: what to follow. A ServiceCIDR that the server does not serve (before 1.33) is asked for ever more
     rarely, and concerns nobody else. `timing`: of each reflector. `connect`: makes the client for some credentials.
     `turns`: of all API servers that are listed a few at a time, None: this one waits for nobody. `stream`: as of a
-    Reflector.
+    Reflector. `told`: gets each event too, with its collection's path and version, once the sink has taken it.
     """
 
     def __init__(
@@ -156,8 +156,10 @@ class ApiInput:
         connect: Callable[..., Client] = Client,
         turns: Turns | None = None,
         stream: bool = False,
+        told: Callable[[str, Event[Any], str], None] = lambda path, event, version: None,
     ) -> None:
         self._stream = stream
+        self._told = told
         self._credentials = credentials
         self._resources = resources
         self._timing = timing
@@ -175,6 +177,15 @@ class ApiInput:
     def versions(self) -> Mapping[str, str]:
         """Kind -> resourceVersion up to which everything was told, of kinds that have been listed."""
         return {found.resource.kind: found.resource_version for found in self._reflectors if found.resource_version}
+
+    @property
+    def places(self) -> Mapping[str, str]:
+        """As `versions`, by the paths of collections: of one kind there may be several, in namespaces."""
+        return {found.resource.path: found.resource_version for found in self._reflectors if found.resource_version}
+
+    def relist(self) -> None:
+        """List everything anew, whatever was told before."""
+        self._moved.set()
 
     def limit(self, limits: ClientLimits) -> None:
         """These limits from now on."""
@@ -232,10 +243,12 @@ class ApiInput:
 
         def take(event: Event[Any]) -> None:
             sink(kind, event)
+            self._told(resource.path, event, reflector.resource_version)
 
         # RotatingClient has the methods that a Reflector calls, and is a Client in that.
-        return Reflector(cast("Client", self._client), resource, take, stream=self._stream, timing=self._timing)
+        reflector = Reflector(cast("Client", self._client), resource, take, stream=self._stream, timing=self._timing)
+        return reflector
 
 
 class _Moved(Exception):
-    """The API server is elsewhere now."""
+    """The API server is elsewhere now, or what it said is to be asked again."""

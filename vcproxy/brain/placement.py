@@ -20,12 +20,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import msgspec
 
 from vcproxy.kube import shapes
 from vcproxy.model.addresses import never_allowed, readable_addresses
 from vcproxy.model.endpoints import name_id
+from vcproxy.model.mark import UNMARKED, Mark
 from vcproxy.model.node import NodeFacts
 
 LINGER_SECONDS = 120.0
@@ -46,6 +48,16 @@ class Scope(enum.Enum):
     EVERY_NODE = enum.auto()
     PLACED = enum.auto()
     EVERY_NODE_UNTIL_PLACED = enum.auto()
+
+
+class Age(Protocol):
+    """Where a brain is in the history of the super cluster."""
+
+    def mark(self) -> Mark:
+        """How new it is what the brain knows."""
+
+    def overtaken(self, by: Mark) -> None:
+        """A node was told something newer in these places."""
 
 
 class _OnNode:
@@ -107,6 +119,7 @@ class Placement:
         self._everywhere: frozenset[str] = frozenset()
         self._deadlines: list[tuple[float, str, str]] = []
         self._ready = False
+        self._age: Age | None = None
         self._demanded = False
         self._subscribers: dict[object, Callable[[str], None]] = {}
 
@@ -155,6 +168,23 @@ class Placement:
             self._subscribers.pop(token, None)
 
         return cancel
+
+    def mark(self) -> Mark:
+        """How new all of this is, as far as it comes from an API server; see vcproxy.model.mark."""
+        return self._age.mark() if self._age is not None else UNMARKED
+
+    def overtaken(self, by: Mark) -> None:
+        """A node was told something newer: find out, and announce."""
+        if self._age is not None:
+            self._age.overtaken(by)
+
+    def date(self, age: "Age") -> None:
+        """From now on `age` says how new all of this is."""
+        self._age = age
+
+    def announce(self) -> None:
+        """Have everybody look again."""
+        self._announce("")
 
     def set_ready(self) -> None:
         """Everything has been read once. Never unset: later failures leave what is known as it is."""

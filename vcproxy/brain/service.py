@@ -85,6 +85,9 @@ class Brain:
         self.policies.known = wanted is None or not wanted.tenant_policies
         restricted = any(source.directory is None for source in config.tenants.sources)
         self._access = SuperAccess(config.super_cluster, guarded=restricted) if config.super_cluster else None
+        if self._access is not None:
+            self.placement.date(self._access.age)
+            self._access.age.announce = self.placement.announce
         self._vouched = Vouched()
         self._owners = Owners(catalogue.spoken_for(config.tenants.sources))
         self._memory = (
@@ -179,6 +182,7 @@ class Brain:
             async with asyncio.TaskGroup() as group:
                 if self._super is not None and self._access is not None:
                     group.create_task(self._access.run())
+                    group.create_task(self._access.age.run())
                     group.create_task(self._super.run())
                     group.create_task(self.policies.run())
                 group.create_task(self.tenants.run())

@@ -11,7 +11,8 @@ once the placement is ready, that is, complete.
 
 Nor is a node taken back in time. What it held when it came, from this replica or another, is a floor (its mark), and
 what may be older than that is not sent: the store is told that it was overtaken, and the node keeps what it has until
-this brain has found out what is true (see chronicle).
+this brain has found out what is true (see chronicle). The same holds for what it was told of itself, its pods and which
+tenants are its own, by what is known of the super cluster (see superage): of that nothing is said meanwhile.
 
 Where brains share tenants a node has several streams, and what is said on one depends on its `Kind`. Contents come on
 content streams, from whichever brain feeds the tenant; when one begins to, the node may have got newer content from
@@ -58,6 +59,12 @@ class Placement(Protocol):
 
     def facts(self, node: str) -> NodeFacts:
         """What the node is to know of itself."""
+
+    def mark(self) -> Mark:
+        """How new these answers are."""
+
+    def overtaken(self, by: Mark) -> None:
+        """A node was told something newer: find out, and tell subscribers."""
 
     def subscribe(self, callback: Callable[[str], None]) -> Callable[[], None]:
         """`callback` gets a node's name when an answer about it changed, or "" when `ready` or many did."""
@@ -150,6 +157,8 @@ class Stream:
         self._version = version
         self._welcomed = False
         self._complete = False
+        self._floor = greeting.mark
+        self._behind: str | None = None
         self._named: frozenset[str] | None = None  # on a leading stream
         self._look = False  # at facts and pods
         self._facts: NodeFacts | None = None
@@ -212,25 +221,47 @@ class Stream:
                 return message
         return None
 
+    def _behind_node(self) -> str | None:
+        """Why nothing is said of the node itself: it was told something newer than what this brain knows for sure."""
+        if not self._floor:
+            return None
+        if not self._placement.ready:
+            return ""
+        missing = lacking(self._placement.mark(), self._floor)
+        if not missing:
+            self._floor = UNMARKED
+            self._dirty.update(dict.fromkeys(self._told))
+            return None
+        self._placement.overtaken(missing)
+        place, wanted = next(iter(missing.items()))
+        return _behind(place, wanted, self._placement.mark()[place])
+
     def _about_node(self) -> Message | None:
+        behind = self._behind_node()
+        if behind is not None or self._behind is not None:
+            if behind == self._behind:
+                return None
+            self._behind = behind
+            return Message("node_behind", encoding.encode_node_behind(behind or ""))
+        mark = self._placement.mark()
         facts = self._placement.facts(self.node)
         if facts != self._facts:
             self._facts = facts
-            return Message("facts", encoding.encode_facts(facts))
+            return Message("facts", encoding.encode_facts(facts, mark))
         pods, told = self._placement.pods(self.node), self._pods
         if told is None or pods != told:
             self._pods = dict(pods)
             put = [(address, uid) for address, uid in pods.items() if told is None or told.get(address) != uid]
             removed = [address for address in told or () if address not in pods]
-            return Message("placement", encoding.encode_placement(put, removed, complete=told is None))
+            return Message("placement", encoding.encode_placement(put, removed, mark, complete=told is None))
         first, self._complete = not self._complete, True
         if self.kind is not Kind.LEADING:
-            return Message("complete", encoding.encode_complete(self.entitled)) if first else None
+            return Message("complete", encoding.encode_complete(self.entitled, mark)) if first else None
         named = frozenset(uid for uid in self.entitled if not self._store.gone(uid))
         if self._named == named:
             return None
         self._named = named
-        return Message("complete", encoding.encode_complete(named))
+        return Message("complete", encoding.encode_complete(named, mark))
 
     def _covers(self, uid: str) -> bool:
         """Whether a tenant's content is a matter of this stream."""
@@ -245,11 +276,11 @@ class Stream:
         if self.kind is Kind.CONTENT:
             return self._about_share(uid, told, served)
         if self._store.gone(uid) or (not placed and self._placement.ready):
-            if told is None:
+            if told is None or self._behind_node() is not None:
                 return None
             told.forget_snapshot()
             del self._told[uid]
-            return Message("removed", encoding.encode_removed(uid))
+            return Message("removed", encoding.encode_removed(uid, self._placement.mark()))
         if served is None:
             return None
         if told is None:
@@ -409,6 +440,7 @@ class Stream:
 
 
 def _behind(kind: str, wanted: Position, held: Position) -> str:
+    what = kind.rpartition("/")[2] if "/" in kind else f"{kind}s"
     if held.epoch < wanted.epoch:
-        return f"the history of {kind}s was rewritten, and this brain has not read it since"
-    return f"this brain has read {kind}s up to version {held.seen}, the node has version {wanted.changed}"
+        return f"the history of {what} was rewritten, and this brain has not read it since"
+    return f"this brain has read {what} up to version {held.seen}, the node has version {wanted.changed}"

@@ -23,6 +23,7 @@ from vcproxy.brain.config import SuperCluster
 from vcproxy.brain.expiry import Expiries
 from vcproxy.brain.inputs import ApiInput
 from vcproxy.brain.slices import SERVICE_NAME
+from vcproxy.brain.superage import SuperAge
 from vcproxy.kube import shapes
 from vcproxy.kube.client import Client
 from vcproxy.kube.client import Limits as ClientLimits
@@ -57,6 +58,7 @@ class SuperAccess:
         self._config = config
         self._guarded = guarded
         self._inputs: weakref.WeakSet[ApiInput] = weakref.WeakSet()
+        self.age = SuperAge(lambda: self._inputs)
         self._problem = ""
         self._addresses: frozenset[bytes] = frozenset()
         try:
@@ -87,7 +89,9 @@ class SuperAccess:
 
         Raises KubeconfigError.
         """
-        made = ApiInput(self.credentials, tenant=SUPER_UID, resources=resources, limits=ROOMY, timing=timing)
+        made = ApiInput(
+            self.credentials, tenant=SUPER_UID, resources=resources, limits=ROOMY, timing=timing, told=self.age.told
+        )
         self._inputs.add(made)
         return made
 

@@ -353,7 +353,7 @@ class Reflector(Generic[T]):
             yield batch
 
     def _take(self, line: Line) -> None:
-        """One line: tells the consumer, then moves on to its resourceVersion. Raises ApiError."""
+        """One line: moves on to its resourceVersion, and tells the consumer, as of a list. Raises ApiError."""
         tenant, limit = self._client.tenant, self._client.limits.object_bytes
         event: WatchEvent[T] = decode_line(self.resource, line, tenant=tenant, object_bytes=limit)
         version = event.resource_version
@@ -363,6 +363,8 @@ class Reflector(Generic[T]):
                 path=self.resource.path,
                 message=f"history was rewritten: {version} came after {self.resource_version}",
             )
+        if version:
+            self.resource_version = version
         match event:
             case Added():
                 self._sink(Upserted(event.object))
@@ -370,8 +372,6 @@ class Reflector(Generic[T]):
                 self._sink(Deleted(event.key, event.uid))
             case Bad():
                 self._sink(Malformed(event.error))
-        if version:
-            self.resource_version = version
 
     def _contact(self) -> None:
         self.last_contact, self.last_contact_wall = self._around.monotonic(), self._around.wall()

@@ -203,6 +203,7 @@ class Agent:
                 self._wake.set()
             case TenantsComplete(uids=uids):
                 self._duties.name_all(uids)
+                self._memory.keep_node(self._duties.facts, self._duties.placement)
             case PlacementChanged(addresses=addresses):
                 self._duties.place(addresses)
                 self._memory.keep_node(self._duties.facts, self._duties.placement)

@@ -73,7 +73,7 @@ class Cache:
 
     def keep_node(self, facts: NodeFacts | None, placement: Mapping[bytes, str] | None) -> None:
         """What the brain told of this node changed."""
-        self._image = NodeImage(facts, placement)
+        self._image = NodeImage(facts, placement, self._holdings.mark)
         self._files.note(NODE_FILE)
 
     # Writing.
@@ -135,6 +135,7 @@ class Cache:
         node = self._directory / NODE_FILE
         if node.exists():
             self._image = _usable(node, lambda data: statefile.decode_node(data, node=self._node)) or NodeImage()
+            self._holdings.mark = self._image.mark
         return Remembered(tenants, self._image.facts, self._image.placement)
 
     def _held(self, path: Path, data: bytes) -> Held:

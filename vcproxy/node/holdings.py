@@ -45,9 +45,13 @@ class Held(msgspec.Struct):
 
 
 class Holdings:
-    """Tenant uid -> Held. Not thread-safe: the loop thread only."""
+    """Tenant uid -> Held. Not thread-safe: the loop thread only.
+
+    `mark`: how new that is what the node was told of itself: its facts, its pods, which tenants are its own.
+    """
 
     def __init__(self) -> None:
+        self.mark: Mark = UNMARKED
         self._held: dict[str, Held] = {}
 
     def __len__(self) -> int:

@@ -107,6 +107,12 @@ class Receiver:
         self._recent: dict[str, dict[bytes, int]] = {}  # uid -> digest -> revision of this brain, newest last
         self._floors: dict[str, Mark] = {}  # as Hello said, until content of this stream was taken
         self._brain_at: dict[str, Mark] = {}
+        self._node_behind = ""
+
+    @property
+    def node_behind(self) -> str:
+        """Why the brain says nothing of the node itself; "" if it does."""
+        return self._node_behind
 
     @property
     def brain(self) -> str:
@@ -123,6 +129,7 @@ class Receiver:
                 agent=agent,
                 features=(features.BATCH, features.SHARDS),
                 known=map(known, self._holdings.tenants.values()),
+                mark=convert.encode_mark(self._holdings.mark),
             )
         ).SerializeToString()
 
@@ -132,6 +139,7 @@ class Receiver:
         self._arriving.clear()
         self._floors.clear()
         self._brain_at.clear()
+        self._fall_behind("")
         for uid, held in self._holdings.tenants.items():
             if self._heeds("behind", uid):
                 self._set_behind(held, "")
@@ -178,15 +186,21 @@ class Receiver:
                 case "behind":
                     self._fell_behind(message.behind)
                 case "removed":
+                    self._date(message.removed.mark)
                     self._removed(message.removed.tenant)
                 case "released":
                     self._released(message.released.tenant)
                 case "complete":
+                    self._date(message.complete.mark)
                     self._sink(TenantsComplete(frozenset(map(convert.decode_uid, message.complete.tenants))))
                 case "placement":
+                    self._date(message.placement.mark)
                     self._placement(message.placement)
                 case "facts":
+                    self._date(message.facts.mark)
                     self._sink(FactsChanged(convert.decode_facts(message.facts)))
+                case "node_behind":
+                    self._fall_behind(message.node_behind.reason[:LONGEST_REASON])
                 case None:
                     pass  # a newer brain says what this agent need not know
         except MalformedModel as error:
@@ -243,9 +257,22 @@ class Receiver:
         metrics.BEHIND.inc(bool(reason) - bool(held.behind))
         held.behind = reason
 
+    def _date(self, said: Sequence[distribution_pb2.Position]) -> None:
+        """What is said of the node itself is so new. Of what the brain does not speak of, nobody knows any more."""
+        mark = convert.decode_mark("", said)
+        known = {place: at for place, at in self._holdings.mark.items() if place in mark}
+        self._holdings.mark = raised(known, mark)
+
+    def _fall_behind(self, reason: str) -> None:
+        if reason and not self._node_behind:
+            _log.warning("the brain may know less of the super cluster than this node was told", reason=reason)
+        metrics.BEHIND.inc(bool(reason) - bool(self._node_behind))
+        self._node_behind = reason
+
     def behind(self) -> list[str]:
-        """Tenants of which the brain sends nothing, since it may have less than this node."""
-        return [uid for uid, held in self._holdings.tenants.items() if held.behind and self._heeds("behind", uid)]
+        """Of what the brain says nothing, since it may have less than this node: uids of tenants, and the node."""
+        found = [uid for uid, held in self._holdings.tenants.items() if held.behind and self._heeds("behind", uid)]
+        return [*found, *(["this node's own pods"] if self._node_behind else ())]
 
     def _judge_age(self, held: Held) -> None:
         """Raises ModelMismatch if what the brain is about to send may be older than what is held."""

@@ -182,7 +182,11 @@ class NodeAgent:
 
     def _routes(self) -> Mapping[str, admin.Provider]:
         return {
-            "/status": lambda _: status_of(self._agent, self._health_checks.problems(), self._sessions.streams()),
+            "/status": lambda _: status_of(
+                self._agent,
+                (*self._health_checks.problems(), *self._sessions.problems),
+                self._sessions.streams(),
+            ),
             "/tenants": lambda query: [
                 row for row in tenant_rows(self._agent) if query.get("tenant") in (None, row["uid"], row["name"])
             ],

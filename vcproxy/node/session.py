@@ -119,6 +119,12 @@ class Session:
         """The run of the brain that the stream stands to; "" for none."""
         return self._receiver.brain
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What the stream that stands does not bring."""
+        behind = self._receiver.node_behind
+        return (f"of this node's own pods, facts and tenants the brain says nothing new: {behind}",) if behind else ()
+
     async def run(self) -> Never:
         """Hold a stream for ever. Only cancellation ends it, and what the sink raises."""
         attempt = 0
@@ -213,7 +219,7 @@ class Session:
                 since = now
             elif now - since >= self._patience:
                 self._patience = min(2 * self._patience, LONGEST_PATIENCE)
-                many = f"{len(behind)} tenants, {behind[0]} among them"
+                many = f"{behind[0]}" + (f" and {len(behind) - 1} more" if len(behind) > 1 else "")
                 raise StreamEnded(f"this brain is behind in {many}; another is asked")
 
     async def _write(self, link: Link, hello: bytes) -> None:

@@ -82,6 +82,11 @@ class Sessions:
         """As Session, to whom it concerns."""
         self._of(uid).failed(uid, revision, error)
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """For people."""
+        return self._leading.problems
+
     def streams(self) -> list[Mapping[str, Any]]:
         """Content streams, for people."""
         return [

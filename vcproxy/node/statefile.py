@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from vcproxy.model.mark import Position
+from vcproxy.model.mark import UNMARKED, Mark, Position
 from vcproxy.model.node import NodeFacts
 from vcproxy.model.tenant import Tenant
 from vcproxy.ops.sealed import Content, Section, UnusableState, seal, unseal
@@ -21,6 +21,7 @@ class NodeImage(msgspec.Struct, frozen=True):
 
     facts: NodeFacts | None = None
     placement: Mapping[bytes, str] | None = None
+    mark: Mark = UNMARKED
 
 
 class TenantHeader(msgspec.Struct, frozen=True):
@@ -38,6 +39,7 @@ class _NodeHeader(msgspec.Struct, frozen=True):
     node: str
     facts: NodeFacts | None
     placement: list[tuple[bytes, str]] | None
+    mark: dict[str, Position] = {}
 
 
 _tenant_header = msgspec.msgpack.Decoder(TenantHeader)
@@ -59,14 +61,14 @@ def decode_tenant(data: bytes, *, node: str, uid: str) -> Content[TenantHeader]:
 def encode_node(image: NodeImage, *, node: str) -> Section:
     """The file of the node."""
     placement = None if image.placement is None else sorted(image.placement.items())
-    return seal(MAGIC, _NodeHeader(node, image.facts, placement))
+    return seal(MAGIC, _NodeHeader(node, image.facts, placement, dict(image.mark)))
 
 
 def decode_node(data: bytes, *, node: str) -> NodeImage:
     """The node's file. Raises UnusableState."""
     header = unseal(MAGIC, data, _node_header.decode).header
     _check_node(header.node, node)
-    return NodeImage(header.facts, None if header.placement is None else dict(header.placement))
+    return NodeImage(header.facts, None if header.placement is None else dict(header.placement), header.mark)
 
 
 def _check_node(found: str, wanted: str) -> None:

@@ -98,7 +98,9 @@ CACHE_FAILURES = Counter("vcproxy_cache_failures", "Times the last good state co
 CONNECTED = Gauge("vcproxy_brain_connected", "1 while the stream from a brain is up", registry=REGISTRY)
 FEEDERS = Gauge("vcproxy_content_streams", "Streams up from brains that share tenants", registry=REGISTRY)
 BEHIND = Gauge(
-    "vcproxy_tenants_brain_behind", "Tenants of which the brain may have less than this node", registry=REGISTRY
+    "vcproxy_tenants_brain_behind",
+    "Tenants, and the node itself, of which the brain may know less than this node",
+    registry=REGISTRY,
 )
 
 

@@ -114,6 +114,7 @@ class Hello(_message.Message):
     AGENT_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     KNOWN_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """must be the name that the credentials carry"""
     agent: _builtins.str
@@ -122,6 +123,10 @@ class Hello(_message.Message):
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def known(self) -> _containers.RepeatedCompositeFieldContainer[Global___Known]: ...
+    @_builtins.property
+    def mark(self) -> _containers.RepeatedCompositeFieldContainer[Global___Position]:
+        """the floor of what is said of the node itself: NodeFacts, Placement, which tenants"""
+
     def __init__(
         self,
         *,
@@ -129,10 +134,11 @@ class Hello(_message.Message):
         agent: _builtins.str = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
         known: _abc.Iterable[Global___Known] | None = ...,
+        mark: _abc.Iterable[Global___Position] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "features", b"features", "known", b"known", "node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "features", b"features", "known", b"known", "mark", b"mark", "node", b"node"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,7 +193,7 @@ class Position(_message.Message):
     SEEN_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """"Service", "EndpointSlice" """
+    """"Service", "EndpointSlice"; of what is said of a node: the path of a collection"""
     changed: _builtins.int
     """resourceVersion at which the content last may have changed"""
     seen: _builtins.int
@@ -333,6 +339,7 @@ class BrainMessage(_message.Message):
     BEHIND_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
+    NODE_BEHIND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -359,6 +366,8 @@ class BrainMessage(_message.Message):
     def released(self) -> Global___TenantReleased: ...
     @_builtins.property
     def batch(self) -> Global___Batch: ...
+    @_builtins.property
+    def node_behind(self) -> Global___NodeBehind: ...
     def __init__(
         self,
         *,
@@ -375,12 +384,13 @@ class BrainMessage(_message.Message):
         behind: Global___TenantBehind | None = ...,
         released: Global___TenantReleased | None = ...,
         batch: Global___Batch | None = ...,
+        node_behind: Global___NodeBehind | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "batch", b"batch", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "released", b"released", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "batch", b"batch", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "node_behind", b"node_behind", "placement", b"placement", "released", b"released", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "batch", b"batch", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "placement", b"placement", "released", b"released", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "batch", b"batch", "behind", b"behind", "complete", b"complete", "delta", b"delta", "facts", b"facts", "message", b"message", "node_behind", b"node_behind", "placement", b"placement", "released", b"released", "removed", b"removed", "snapshot", b"snapshot", "stale", b"stale", "synced", b"synced", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "added", "snapshot", "delta", "synced", "stale", "removed", "placement", "facts", "complete", "behind", "released", "batch"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "added", "snapshot", "delta", "synced", "stale", "removed", "placement", "facts", "complete", "behind", "released", "batch", "node_behind"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -703,19 +713,48 @@ class TenantRemoved(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TENANT_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
+    @_builtins.property
+    def mark(self) -> _containers.RepeatedCompositeFieldContainer[Global___Position]:
+        """how new it is what the brain knows of the super cluster; so in what follows"""
+
     def __init__(
         self,
         *,
         tenant: _builtins.str = ...,
+        mark: _abc.Iterable[Global___Position] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mark", b"mark", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TenantRemoved: _TypeAlias = TenantRemoved  # noqa: Y015
+
+@_typing.final
+class NodeBehind(_message.Message):
+    """What this brain knows of the super cluster may be older than what the node was told: it says no facts, no pods, and
+    of no tenant that it is gone, until it has caught up. `reason` empty: it has.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeBehind: _TypeAlias = NodeBehind  # noqa: Y015
 
 @_typing.final
 class TenantsComplete(_message.Message):
@@ -727,16 +766,20 @@ class TenantsComplete(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TENANTS_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tenants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def mark(self) -> _containers.RepeatedCompositeFieldContainer[Global___Position]: ...
     def __init__(
         self,
         *,
         tenants: _abc.Iterable[_builtins.str] | None = ...,
+        mark: _abc.Iterable[Global___Position] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenants", b"tenants"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mark", b"mark", "tenants", b"tenants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -751,6 +794,7 @@ class Placement(_message.Message):
     COMPLETE_FIELD_NUMBER: _builtins.int
     PUT_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     complete: _builtins.bool
     @_builtins.property
     def put(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlacedPod]: ...
@@ -758,16 +802,19 @@ class Placement(_message.Message):
     def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """addresses"""
 
+    @_builtins.property
+    def mark(self) -> _containers.RepeatedCompositeFieldContainer[Global___Position]: ...
     def __init__(
         self,
         *,
         complete: _builtins.bool = ...,
         put: _abc.Iterable[Global___PlacedPod] | None = ...,
         removed: _abc.Iterable[_builtins.bytes] | None = ...,
+        mark: _abc.Iterable[Global___Position] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "put", b"put", "removed", b"removed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "mark", b"mark", "put", b"put", "removed", b"removed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -805,6 +852,7 @@ class NodeFacts(_message.Message):
     ADDRESSES_FIELD_NUMBER: _builtins.int
     POD_RANGES_FIELD_NUMBER: _builtins.int
     INELIGIBLE_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     zone: _builtins.str
     """topology.kubernetes.io/zone"""
     ineligible: _builtins.bool
@@ -813,6 +861,8 @@ class NodeFacts(_message.Message):
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     @_builtins.property
     def pod_ranges(self) -> _containers.RepeatedCompositeFieldContainer[_model_pb2.Prefix]: ...
+    @_builtins.property
+    def mark(self) -> _containers.RepeatedCompositeFieldContainer[Global___Position]: ...
     def __init__(
         self,
         *,
@@ -820,10 +870,11 @@ class NodeFacts(_message.Message):
         addresses: _abc.Iterable[_builtins.bytes] | None = ...,
         pod_ranges: _abc.Iterable[_model_pb2.Prefix] | None = ...,
         ineligible: _builtins.bool = ...,
+        mark: _abc.Iterable[Global___Position] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "ineligible", b"ineligible", "pod_ranges", b"pod_ranges", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "ineligible", b"ineligible", "mark", b"mark", "pod_ranges", b"pod_ranges", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

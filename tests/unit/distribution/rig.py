@@ -14,6 +14,7 @@ from vcproxy.brain.distribution import Distributor, Limits
 from vcproxy.brain.server import serve
 from vcproxy.brain.store import Store
 from vcproxy.model.endpoints import READY, SERVING, Endpoint, HintSet, name_id, pack
+from vcproxy.model.mark import Mark
 from vcproxy.model.node import NodeFacts
 from vcproxy.model.services import Frontend, FrontendKind, PortKey, Protocol, ServicePort
 from vcproxy.model.tenant import Tenant
@@ -68,11 +69,24 @@ class Placed:
         self._pods: dict[str, dict[bytes, str]] = {}
         self._facts: dict[str, NodeFacts] = {}
         self._ready = ready
+        self.at: Mark = {}
+        self.ahead: list[Mark] = []
         self._callbacks: list[Callable[[str], None]] = []
 
     @property
     def ready(self) -> bool:
         return self._ready
+
+    def mark(self) -> Mark:
+        return self.at
+
+    def overtaken(self, by: Mark) -> None:
+        self.ahead.append(by)
+
+    def reach(self, mark: Mark) -> None:
+        """The super cluster was read up to there."""
+        self.at = mark
+        self._tell("")
 
     def become_ready(self) -> None:
         self._ready = True

@@ -42,7 +42,7 @@ from vcproxy.kube.reflector import (
 from vcproxy.kube.shapes import Service
 
 PATH = "/api/v1/services"
-LIMITS = Limits(request_seconds=1.0, connect_seconds=1.0, object_bytes=20_000)
+LIMITS = Limits(request_seconds=0.6, connect_seconds=0.6, object_bytes=20_000)
 
 
 def service(name: str, **spec: object) -> dict[str, object]:
@@ -248,7 +248,7 @@ async def test_a_lie_instead_of_a_list_is_never_data(
     api: FakeApiServer, recorder: Recorder, answer: apiserver.Answer, expected: type[ApiError]
 ) -> None:
     api.put("Service", service("web"))
-    async with following(api, recorder, limits=Limits(request_seconds=5.0, page_bytes=150_000)) as (reflector, _):
+    async with following(api, recorder, limits=Limits(request_seconds=0.6, page_bytes=150_000)) as (reflector, _):
         await api.watching("Service")
         api.faults.append(Fault(answer, path=PATH, verb="list"))
         api.compact()
