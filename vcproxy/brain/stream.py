@@ -26,14 +26,15 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from vcproxy.brain import encoding
-from vcproxy.brain.admission import Admission, Ticket
-from vcproxy.brain.encoding import Snapshot, Version
+from vcproxy.brain.admission import Admission
+from vcproxy.brain.encoding import Version
 from vcproxy.brain.greeting import Greeting, Kind
-from vcproxy.brain.progress import NodeStatus, Progress, TenantStatus
+from vcproxy.brain.progress import NodeStatus, TenantStatus
 from vcproxy.brain.store import Store, Stored
+from vcproxy.brain.told import Told
 from vcproxy.model.mark import UNMARKED, Mark, Position, lacking
 from vcproxy.model.node import NodeFacts
-from vcproxy.model.tenant import EMPTY_DIGEST, SUPER_UID, Tenant
+from vcproxy.model.tenant import SUPER_UID
 from vcproxy.pb import convert, distribution_pb2, features
 
 BATCH_OCTETS = 64 << 10
@@ -77,47 +78,6 @@ class Message(NamedTuple):
     data: bytes
 
 
-class _Tenant:
-    """What the node was told of one tenant.
-
-    `floor`: how new that was what it came with; nothing once it has newer content from this stream. `unheard`: kinds of
-    which that cannot be known. `of`: whose content it was told, which is another one when the brain has left the tenant
-    meanwhile. `asked`: the node has yet to answer.
-    """
-
-    def __init__(
-        self,
-        digest: bytes | None,
-        clock: Callable[[], float],
-        floor: Mark = UNMARKED,
-        unheard: frozenset[str] = frozenset(),
-        of: Stored | None = None,
-    ) -> None:
-        self.floor = floor
-        self.unheard = unheard
-        self.of = of
-        self.asked = of is not None
-        self.shown: Mark = UNMARKED  # with the facts
-        self.behind = ""
-        self.facts: Tenant | None = None
-        self.digest = EMPTY_DIGEST if digest is None else digest
-        self.refresh = False  # what the node holds is wrong, whatever its digest
-        self.synced = False
-        # A node that comes back may think a tenant stale that is well again: None is "not told yet".
-        self.stale: tuple[float | None, str] | None = None if digest is not None else (None, "")
-        self.paused = False
-        self.snapshot: Snapshot | None = None
-        self.part = 0
-        self.ticket: Ticket | None = None
-        self.progress = Progress(clock)
-
-    def forget_snapshot(self) -> None:
-        self.snapshot, self.part = None, 0
-        if self.ticket is not None:
-            self.ticket.release()
-            self.ticket = None
-
-
 class Stream:
     """One node's stream. `wake` is called whenever `next_message` may have something again."""
 
@@ -149,7 +109,7 @@ class Stream:
         self._batches = features.BATCH in greeting.features
         self._features = (features.CONTENT, *((features.SHARDED,) if sharded else ()))
         self._told = {
-            uid: _Tenant(held, clock, marks.get(uid, UNMARKED), unheard.get(uid, frozenset()))
+            uid: Told(held, clock, marks.get(uid, UNMARKED), unheard.get(uid, frozenset()))
             for uid, held in greeting.known.items()
             if self._covers(uid)
         }
@@ -284,10 +244,10 @@ class Stream:
         if served is None:
             return None
         if told is None:
-            told = self._told[uid] = _Tenant(None, self._clock)
+            told = self._told[uid] = Told(None, self._clock)
         return self._progress(told, served)
 
-    def _about_share(self, uid: str, told: _Tenant | None, served: Stored | None) -> Message | None:
+    def _about_share(self, uid: str, told: Told | None, served: Stored | None) -> Message | None:
         """Of a tenant that may be another brain's before and after."""
         if told is not None and told.of is not served:
             told.forget_snapshot()
@@ -296,10 +256,10 @@ class Stream:
         if served is None:
             return None
         if told is None:
-            told = self._told[uid] = _Tenant(None, self._clock, of=served)
+            told = self._told[uid] = Told(None, self._clock, of=served)
         return self._progress(told, served)
 
-    def _progress(self, told: _Tenant, stored: Stored) -> Message | None:
+    def _progress(self, told: Told, stored: Stored) -> Message | None:
         if told.paused:
             return None
         if told.facts != stored.tenant:
@@ -309,13 +269,13 @@ class Stream:
         return self._content(told, stored) or self._condition(told, stored)
 
     @staticmethod
-    def _introduce(told: _Tenant, stored: Stored) -> Message:
+    def _introduce(told: Told, stored: Stored) -> Message:
         # A node compares only what both sides speak of: of an epoch that is not believed here it must not insist.
         told.facts = stored.tenant
         told.shown = {kind: position for kind, position in stored.mark.items() if kind not in told.unheard}
         return Message("added", encoding.encode_added(stored.tenant, told.shown, asks=told.asked))
 
-    def _content(self, told: _Tenant, stored: Stored) -> Message | None:
+    def _content(self, told: Told, stored: Stored) -> Message | None:
         """The next step towards the newest content, None if there is none to take now."""
         if told.snapshot is None:
             if told.digest == stored.model.digest and not told.refresh:
@@ -348,19 +308,19 @@ class Stream:
         return message
 
     @staticmethod
-    def _fits(version: Version, told: _Tenant, stored: Stored) -> bool:
+    def _fits(version: Version, told: Told, stored: Stored) -> bool:
         """Whether a content is not older than what the node came with; the newest is known not to be."""
         return version.digest == stored.model.digest or not lacking(version.mark, told.floor)
 
     @staticmethod
-    def _took(told: _Tenant, version: Version, stored: Stored) -> None:
+    def _took(told: Told, version: Version, stored: Stored) -> None:
         told.digest = version.digest
         if version.digest == stored.model.digest:
             told.floor = UNMARKED
         told.progress.sent(version)
 
     @staticmethod
-    def _judge_age(told: _Tenant, stored: Stored, missing: Mark) -> Message | None:
+    def _judge_age(told: Told, stored: Stored, missing: Mark) -> Message | None:
         """What is to be said of this brain being behind the node in these kinds, if that is new."""
         reason = "; ".join(_behind(kind, wanted, stored.mark[kind]) for kind, wanted in missing.items())
         if missing:
@@ -370,7 +330,7 @@ class Stream:
         told.behind = reason
         return Message("behind", encoding.encode_behind(stored.tenant.uid, reason))
 
-    def _condition(self, told: _Tenant, stored: Stored) -> Message | None:
+    def _condition(self, told: Told, stored: Stored) -> Message | None:
         if told.snapshot is not None:
             return None
         uid = stored.tenant.uid
@@ -398,13 +358,13 @@ class Stream:
         told = self._told.get(uid)
         if self.kind is Kind.CONTENT and told is not None and not refresh:
             told.forget_snapshot()
-            told = self._told[uid] = _Tenant(None, self._clock, of=told.of)
+            told = self._told[uid] = Told(None, self._clock, of=told.of)
         if told is None and self.kind is Kind.CONTENT:
             return
         if told is None:
             if uid not in self.entitled:
                 return
-            told = self._told[uid] = _Tenant(None, self._clock)
+            told = self._told[uid] = Told(None, self._clock)
         told.paused = False
         if refresh:
             told.forget_snapshot()

@@ -1,7 +1,6 @@
 """What a node does with what a brain sends: from bytes to holdings and events, without I/O.
 
-Everything that arrives is checked, and content counts only when its digest is right. A delta is applied in place and
-taken back if it does not fit; a snapshot is collected beside what is held and swapped in at its end. So the holdings
+Everything that arrives is checked, and content counts only when its digest is right (see content). So the holdings
 always are some revision of the tenant, whatever happens on the stream.
 
 Nor does a node go back in time: content that may be older than what is held (`Held.mark`) is not accepted. A brain says
@@ -13,18 +12,16 @@ bad placement) ends the stream: `ProtocolError`.
 """
 
 import time
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
 from vcproxy.model.mark import UNMARKED, Mark, lacking, raised
-from vcproxy.model.services import PortKey, ServicePort
-from vcproxy.model.tenant import SUPER_UID, ModelMismatch, Operation, PatchEndpoints, PutPort, TenantModel
+from vcproxy.model.tenant import SUPER_UID, ModelMismatch
+from vcproxy.node.content import Arriving, apply, extent, ports_of
 from vcproxy.node.holdings import (
     Connected,
-    Extent,
     FactsChanged,
     Held,
     Holdings,
@@ -38,11 +35,8 @@ from vcproxy.node.holdings import (
 )
 from vcproxy.node.outbox import Outbox
 from vcproxy.ops import logs, metrics
-from vcproxy.pb import convert, distribution_pb2, features, model_pb2
+from vcproxy.pb import convert, distribution_pb2, features
 from vcproxy.pb.convert import MalformedModel
-
-LARGEST_PART = 64 << 20
-"""Octets that a compressed part may become: a hundred times what a brain makes."""
 
 RECENT = 64
 LONGEST_REASON = 512
@@ -60,27 +54,6 @@ class Timer(Protocol):
 
     def cancel(self) -> None:
         """Do not call."""
-
-
-class _Arriving:
-    """A snapshot of which some parts are there."""
-
-    def __init__(self, message: distribution_pb2.Snapshot) -> None:
-        self.revision = message.revision
-        self.digest = message.digest
-        self.parts = message.parts
-        self.mark = convert.decode_mark(message.tenant, message.mark)
-        self.next = 0
-        self.spent = 0  # nanoseconds
-        self.model = TenantModel()
-
-    def expects(self, message: distribution_pb2.Snapshot) -> bool:
-        return (message.revision, message.digest, message.parts, message.part) == (
-            self.revision,
-            self.digest,
-            self.parts,
-            self.next,
-        )
 
 
 class Receiver:
@@ -101,7 +74,7 @@ class Receiver:
         self._brain = ""
         self._welcomed = False
         self._pods: dict[bytes, str] = {}
-        self._arriving: dict[str, _Arriving] = {}
+        self._arriving: dict[str, Arriving] = {}
         self._awaiting: dict[str, Timer | None] = {}  # asked for anew, or about to be
         self._failures: dict[str, int] = {}
         self._recent: dict[str, dict[bytes, int]] = {}  # uid -> digest -> revision of this brain, newest last
@@ -323,13 +296,13 @@ class Receiver:
         uid, began = message.tenant, time.perf_counter_ns()
         if message.part == 0:
             self._judge_age(held)
-            self._arriving[uid] = _Arriving(message)
+            self._arriving[uid] = Arriving(message)
         arriving = self._arriving.get(uid)
         if arriving is None and uid in self._awaiting:
             return  # the rest of one that was refused
         if arriving is None or message.part >= message.parts or not arriving.expects(message):
             raise ModelMismatch(f"part {message.part} of {message.parts} of a snapshot came out of turn")
-        for port in _ports(uid, message):
+        for port in ports_of(uid, message):
             arriving.model.put(port)
         arriving.next += 1
         arriving.spent += time.perf_counter_ns() - began
@@ -421,66 +394,3 @@ def known(held: Held) -> distribution_pb2.Known:
         digest=held.model.digest,
         mark=convert.encode_mark(held.mark),
     )
-
-
-Before = Mapping[PortKey, ServicePort | None]
-"""What the service ports that a change touched were before it."""
-
-
-def apply(uid: str, model: TenantModel, operations: Sequence[Operation], *, digest: bytes) -> Before:
-    """Apply a delta to the model; returns what it touched, as that was before.
-
-    Raises ModelMismatch or MalformedModel when the result is not what it should be; the model is then as it was.
-    """
-    before = {key: model.get(key) for key in map(_key, operations)}
-    try:
-        model.apply(operations)
-        for operation in operations:
-            if isinstance(operation, PatchEndpoints) and (port := model.get(operation.key)) is not None:
-                convert.check_endpoints(uid, port)
-        if model.digest != digest:
-            raise ModelMismatch("after the delta the content has another digest than announced")
-    except (ModelMismatch, MalformedModel):
-        for key, port in before.items():
-            if port is None:
-                model.remove(key)
-            else:
-                model.put(port)
-        raise
-    return before
-
-
-def extent(before: Before, model: TenantModel) -> Extent:
-    """How many Services differ in the model from what they were."""
-    services, endpoints = set(), set()
-    for key, old in before.items():
-        new, name = model.get(key), (key.namespace, key.service)
-        if old is None or new is None or not old.same_but_endpoints(new):
-            services.add(name)
-        if (old.endpoints4 + old.endpoints6 if old else b"") != (new.endpoints4 + new.endpoints6 if new else b""):
-            endpoints.add(name)
-    return Extent(len(services), len(endpoints))
-
-
-def _key(operation: Operation) -> PortKey:
-    return operation.port.key if isinstance(operation, PutPort) else operation.key
-
-
-def _ports(uid: str, message: distribution_pb2.Snapshot) -> Iterable[ServicePort]:
-    """The service ports of one part. Raises MalformedModel."""
-    body = message.ports
-    if message.encoding == distribution_pb2.ZLIB:
-        inflater = zlib.decompressobj()
-        try:
-            body = inflater.decompress(body, LARGEST_PART)
-        except zlib.error as error:
-            raise MalformedModel(uid, None, f"part {message.part} of a snapshot cannot be inflated: {error}") from None
-        if not inflater.eof:
-            raise MalformedModel(uid, None, f"part {message.part} of a snapshot is cut, or larger than {LARGEST_PART}")
-    elif message.encoding != distribution_pb2.PLAIN:
-        raise MalformedModel(uid, None, f"part {message.part} of a snapshot has unknown encoding {message.encoding}")
-    try:
-        ports = model_pb2.ServicePorts.FromString(body).ports
-    except DecodeError:
-        raise MalformedModel(uid, None, f"part {message.part} of a snapshot is not a ServicePorts message") from None
-    return [convert.decode_port(uid, port) for port in ports]

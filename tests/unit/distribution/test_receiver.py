@@ -12,7 +12,7 @@ from vcproxy.brain import encoding
 from vcproxy.brain.encoding import Snapshot, Version
 from vcproxy.model.services import ServicePort
 from vcproxy.model.tenant import EMPTY_DIGEST, PutPort, TenantModel
-from vcproxy.node import receiver as receiver_module
+from vcproxy.node import content
 from vcproxy.node.config import BrainAddress
 from vcproxy.node.dialling import Dialler
 from vcproxy.node.holdings import Disconnected, Holdings, SessionEvent, TenantChanged
@@ -155,7 +155,7 @@ def test_one_tenants_trouble_is_no_others() -> None:
 
 
 def test_a_part_that_inflates_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiver_module, "LARGEST_PART", 1 << 16)
+    monkeypatch.setattr(content, "LARGEST_PART", 1 << 16)
     case = Case()
     case.receiver.receive(part(zlib.compress(bytes(1 << 20)), encoding=1))
     assert case.said() == ["error acme-1", "refresh acme-1"]

@@ -20,8 +20,8 @@ from vcproxy.model.services import ServicePort
 from vcproxy.model.tenant import SUPER_UID, TenantModel
 from vcproxy.model.timing import Timing
 from vcproxy.node import proxymetrics
+from vcproxy.node.content import extent
 from vcproxy.node.holdings import Extent, TenantChanged
-from vcproxy.node.receiver import extent
 from vcproxy.ops import metrics
 
 RULES = "kubeproxy_sync_proxy_rules"
