@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from vcproxy.brain.chronicle import Chronicle
+from vcproxy.brain.chronicle import KINDS, Chronicle
 from vcproxy.brain.compiler import Compiler, Key
 from vcproxy.brain.compiler import Kind as Compiled
 from vcproxy.brain.guard import Policy, Refusal, judge_virtual_ranges
@@ -39,13 +39,13 @@ from vcproxy.brain.ownership import Ownership, Rights
 from vcproxy.brain.ranges import Ranges
 from vcproxy.brain.restriction import restrict
 from vcproxy.brain.sources import Input, Kind
-from vcproxy.brain.store import Store
+from vcproxy.brain.store import Follower, Store
 from vcproxy.brain.vouched import Aliases
 from vcproxy.kube.backoff import Backoff
 from vcproxy.kube.budget import Budget
 from vcproxy.kube.errors import ShapeError
 from vcproxy.kube.reflector import Broken, Event, Listed, Recovered
-from vcproxy.model.mark import Mark
+from vcproxy.model.mark import UNMARKED, Mark
 from vcproxy.model.tenant import Tenant
 from vcproxy.model.timing import Timing
 from vcproxy.ops import logs, metrics
@@ -72,7 +72,8 @@ class Feed:
     coalesce for longer. `aliases`: further virtual addresses of its Services. `observe`: gets every event too, after
     the feed took it (placement reads slices there). `noticed`: gets each new refusal, counted already. `ownership`:
     says which endpoint addresses are whose; None: any may be anybody's. `rules_known`: until then nothing is compiled;
-    call `look` when it turned true.
+    call `look` when it turned true. `ground`: how new all of that is what content is compiled by, besides the tenant's
+    own objects; None: there is no such thing.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Feed:
         noticed: Callable[[Refusal], None] = lambda refusal: None,
         ownership: Ownership | None = None,
         rules_known: Callable[[], bool] = lambda: True,
+        ground: Follower | None = None,
         confirm_seconds: float = CONFIRM_SECONDS,
         backoff: Backoff | None = None,
     ) -> None:
@@ -117,9 +119,12 @@ class Feed:
         self._relist = False
         self._caught_up_at = -LISTS_APART_SECONDS
         self._versions: Mapping[str, str] = {}  # of lists before the ones under way
+        self._ground = ground
+        self._grounded: Mark = UNMARKED
         self._chronicle = Chronicle()
         self._begin()
-        self._chronicle = Chronicle(store.follow(tenant.uid, self))
+        held = store.follow(tenant.uid, self)
+        self._chronicle = Chronicle({kind: at for kind, at in held.items() if kind in KINDS})
 
     def _begin(self) -> None:
         """Empty hands: everything is listed and compiled anew. What the store holds stays until then."""
@@ -355,11 +360,25 @@ class Feed:
     def mark(self) -> Mark:
         """How new what the store holds is."""
         waiting = self._inbox or self._batch is not None or not self._complete
-        return self._chronicle.mark if waiting else self._chronicle.at(self._read_to())
+        own = self._chronicle.mark if waiting else self._chronicle.at(self._read_to())
+        self._stand()
+        return {**self._grounded, **own}
+
+    def _stand(self) -> None:
+        """Unless something of the ground waits to be compiled, content is as new as that. Of a former run's content
+        nobody knows: it lacks what was taken away since, and perhaps what was granted.
+        """
+        if self._ground is None or not self._complete:
+            self._grounded = UNMARKED
+        elif self.compiler.clean and not self._doubtful:
+            self._grounded = self._ground.mark()
 
     def overtaken(self, by: Mark) -> None:
         """A node holds content that may be newer in these kinds."""
-        if self._chronicle.overtaken(by):
+        if self._ground is not None and (beneath := {kind: at for kind, at in by.items() if kind not in KINDS}):
+            self._ground.overtaken(beneath)
+        own = {kind: at for kind, at in by.items() if kind in KINDS}
+        if own and self._chronicle.overtaken(own):
             self._ahead.set()
 
     def _read_to(self) -> Mapping[str, str]:
@@ -367,6 +386,7 @@ class Feed:
 
     def _settle(self) -> None:
         self._chronicle.settled()
+        self._stand()
         if self._chronicle.asked and not self._chronicle.behind(self._chronicle.mark):
             self._store.announce(self.tenant.uid)
 

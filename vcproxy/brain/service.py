@@ -87,7 +87,7 @@ class Brain:
         self._access = SuperAccess(config.super_cluster, guarded=restricted) if config.super_cluster else None
         if self._access is not None:
             self.placement.date(self._access.age)
-            self._access.age.announce = self.placement.announce
+            self._access.age.announce = self._caught_up
         self._vouched = Vouched()
         self._owners = Owners(catalogue.spoken_for(config.tenants.sources))
         self._memory = (
@@ -258,6 +258,12 @@ class Brain:
                 self._memory.prune({*self.tenants.uids, *self.store.tenants()})
             _log.info("ready: every tenant is known, and where pods run", tenants=len(self.tenants.uids))
             self._await_load()
+
+    def _caught_up(self) -> None:
+        """What is known of the super cluster is as new as what nodes were told."""
+        self.placement.announce()
+        for uid in list(self.store.tenants()):
+            self.store.announce(uid)
 
     def _reshare(self) -> None:
         self._litter |= self.tenants.reshare()

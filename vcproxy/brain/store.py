@@ -38,7 +38,7 @@ class UnknownTenant(KeyError):
 
 
 class Follower(Protocol):
-    """Who keeps a tenant up to date."""
+    """Who keeps a tenant up to date, or what that is decided by."""
 
     def mark(self) -> Mark:
         """How new the content is now."""

@@ -21,8 +21,8 @@ OVERTAKEN_SECONDS = 1.0
 """How long a node may be ahead before lists are asked for: a watch that lags by less catches up alone."""
 LISTS_APART_SECONDS = 30.0
 """Between lists that are asked for because nodes are ahead: these may be large."""
-MOST_PLACES = 16
-"""Collections that a mark speaks of; a node takes no longer one. The first are those that are followed always."""
+MOST_PLACES = 12
+"""Collections that a mark speaks of: with a tenant's own kinds a node takes 16. The first are followed always."""
 
 _CREDENTIALS = "/secrets"
 """They say how to reach a tenant, nothing that a node is told; and there may be a watch for each."""

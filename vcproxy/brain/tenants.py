@@ -346,6 +346,7 @@ class Tenants:
             noticed=held.announcer.tell if held.announcer is not None else lambda refusal: None,
             ownership=self._ownership,
             rules_known=self._rules_known,
+            ground=self._placement if found.restricted else None,
         )
         self._store.withhold(uid, not self._share.holds(uid))
         held.task = group.create_task(held.feed.run())

@@ -21,12 +21,13 @@ from vcproxy.brain.sources import ObjectSink
 from vcproxy.brain.store import Store, Stored
 from vcproxy.kube.backoff import Backoff
 from vcproxy.kube.client import Limits as ClientLimits
+from vcproxy.kube.decode import PODS
 from vcproxy.kube.errors import ShapeError, Unreachable
 from vcproxy.kube.reflector import Broken, Deleted, Listed, Malformed, Recovered, Upserted
 from vcproxy.kube.reflector import Timing as ReflectorTiming
-from vcproxy.model.addresses import format_target
+from vcproxy.model.addresses import format_target, parse_address
 from vcproxy.model.endpoints import unpack
-from vcproxy.model.mark import Position
+from vcproxy.model.mark import Mark, Position
 from vcproxy.model.tenant import Tenant
 from vcproxy.model.timing import Timing
 
@@ -611,3 +612,52 @@ async def test_a_real_stream_of_versions(api: FakeApiServer) -> None:
             api.bookmark(kind)
         await until(lambda: targets(store) == {"new": ["10.0.0.1:8080"]}, timeout=30)
         await until(lambda: all(at.epoch for at in held(store).mark.values()))
+
+
+class Ground:
+    """What is known of the super cluster."""
+
+    def __init__(self) -> None:
+        self.ahead: list[Mark] = []
+        self.reach(5)
+
+    def reach(self, version: int) -> None:
+        self.at: Mark = {PODS.path: Position(version, version)}
+
+    def mark(self) -> Mark:
+        return self.at
+
+    def overtaken(self, by: Mark) -> None:
+        self.ahead.append(by)
+
+
+async def test_content_is_as_new_as_what_it_was_compiled_by() -> None:
+    hand, ground = Hand(), Ground()
+    hand.versions = {"Service": "50", "EndpointSlice": "50"}
+    async with fed(hand, ground=ground) as (store, feed):
+        assert PODS.path not in feed.mark(), "of what was there before nobody knows"
+        await begin(hand, (service(),), (endpoint_slice(["10.0.0.1"]),))
+        assert held(store).mark == {"Service": Position(50, 50), "EndpointSlice": Position(50, 50), **ground.at}
+        before = dict(ground.at)
+        ground.reach(9)
+        feed._reconsider(parse_address("10.0.0.1"))
+        assert held(store).mark[PODS.path] == before[PODS.path], "a right that may have changed waits to be compiled"
+        await settle()
+        assert held(store).mark[PODS.path] == Position(9, 9)
+        feed.set_policy(msgspec.structs.replace(UNRESTRICTED, own_pods_only=True))
+        assert PODS.path not in feed.mark(), "what new rules grant is not there yet"
+
+
+async def test_who_lags_in_what_it_compiles_by_does_not_list_the_tenant() -> None:
+    hand, ground = Hand(), Ground()
+    async with fed(hand, ground=ground) as (_, feed):
+        await begin(hand)
+        ahead = {PODS.path: Position(70, 70)}
+        feed.overtaken({**ahead, "Service": Position(3, 3)})
+        assert ground.ahead == [ahead]
+        assert not feed._ahead.is_set() or feed._chronicle.asked
+        ground.ahead.clear()
+        feed._ahead.clear()
+        feed.overtaken(ahead)
+        assert ground.ahead == [ahead]
+        assert not feed._ahead.is_set()

@@ -18,8 +18,9 @@ from tests.unit.distribution.rig import (
 from vcproxy.model.addresses import parse_address
 from vcproxy.model.mark import Mark, Position
 from vcproxy.model.node import NodeFacts
+from vcproxy.model.tenant import TenantModel
 from vcproxy.node.cache import Cache
-from vcproxy.node.holdings import FactsChanged, Holdings, PlacementChanged, TenantGone, TenantsComplete
+from vcproxy.node.holdings import FactsChanged, Held, Holdings, PlacementChanged, TenantGone, TenantsComplete
 from vcproxy.ops import metrics
 from vcproxy.pb import convert, distribution_pb2
 
@@ -149,3 +150,38 @@ async def test_it_is_remembered_over_a_restart_of_the_node(tmp_path: Path) -> No
     again = Holdings()
     Cache(tmp_path, node=A, holdings=again).load()
     assert again.mark == holdings.mark
+
+
+class At:
+    """A follower that stays where it is."""
+
+    def __init__(self, mark: Mark) -> None:
+        self._mark = mark
+        self.ahead: list[Mark] = []
+
+    def mark(self) -> Mark:
+        return self._mark
+
+    def overtaken(self, by: Mark) -> None:
+        self.ahead.append(by)
+
+
+async def test_content_compiled_by_an_older_view_of_the_super_cluster_is_not_sent(certificates: Certificates) -> None:
+    """The tenant's own objects are the same: what differs is whose pods are known to be whose."""
+    own = {"Service": Position(4, 8), "EndpointSlice": Position(7, 8)}
+    held = Held(ACME, TenantModel([service_port("web", 1, 2)]), synced=True, mark={**own, **at(9)})
+    holdings = Holdings()
+    holdings.put(held)
+    lagging = placed(9, ACME.uid)
+    async with brain(certificates, lagging) as b:
+        b.tenant(ACME, service_port("web", 1))
+        follower = At({**own, **at(5)})
+        b.store.follow(ACME.uid, follower)
+        async with node(A, certificates.node(A), b.address, holdings=holdings) as n:
+            await until(lambda: bool(held.behind))
+            assert held.behind == "this brain has read pods up to version 5, the node has version 9"
+            assert follower.ahead[0] == at(9)
+            assert n.has(TenantModel([service_port("web", 1, 2)]).digest)
+            follower._mark = {**own, **at(9)}
+            b.store.announce(ACME.uid)
+            await until(lambda: n.has(b.store.tenants()[ACME.uid].model.digest))
