@@ -282,12 +282,11 @@ class NftablesBackend:
         previous: Mapping[PortKey, ForwardedPort | None] | None = None,
     ) -> Applied:
         """Commit a plan; the rejections are the ports that the kernel refused. Raises BackendError."""
+        return self._concluded(lambda: self._commit(plan), [plan], tenant, previous or {})
 
-        def commit() -> int:
-            self._kernel.ensure(plan)
-            return self._kernel.send(plan.changes.transactions(self._kernel.netlink.batch))
-
-        return self._concluded(commit, [plan], tenant, previous or {})
+    def _commit(self, plan: Plan) -> int:
+        self._kernel.ensure(plan)
+        return self._kernel.send(plan.changes.transactions(self._kernel.netlink.batch))
 
     def _concluded(
         self,
@@ -351,8 +350,7 @@ class NftablesBackend:
             self._untold,
             self._planner.node_addresses,
         )
-        kernel.ensure(plan)
-        count = kernel.send(plan.changes.transactions(kernel.netlink.batch))
+        count = self._commit(plan)
         self._repair_due = False
         return count, Drift(missing=drift.missing, foreign=drift.foreign, rebuilt=rebuilt)
 

@@ -20,10 +20,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
 
 import msgspec
 
+from vcproxy.brain.store import Follower
 from vcproxy.kube import shapes
 from vcproxy.model.addresses import never_allowed, readable_addresses
 from vcproxy.model.endpoints import name_id
@@ -48,16 +48,6 @@ class Scope(enum.Enum):
     EVERY_NODE = enum.auto()
     PLACED = enum.auto()
     EVERY_NODE_UNTIL_PLACED = enum.auto()
-
-
-class Age(Protocol):
-    """Where a brain is in the history of the super cluster."""
-
-    def mark(self) -> Mark:
-        """How new it is what the brain knows."""
-
-    def overtaken(self, by: Mark) -> None:
-        """A node was told something newer in these places."""
 
 
 class _OnNode:
@@ -119,7 +109,7 @@ class Placement:
         self._everywhere: frozenset[str] = frozenset()
         self._deadlines: list[tuple[float, str, str]] = []
         self._ready = False
-        self._age: Age | None = None
+        self._age: Follower | None = None
         self._demanded = False
         self._subscribers: dict[object, Callable[[str], None]] = {}
 
@@ -178,7 +168,7 @@ class Placement:
         if self._age is not None:
             self._age.overtaken(by)
 
-    def date(self, age: "Age") -> None:
+    def date(self, age: Follower) -> None:
         """From now on `age` says how new all of this is."""
         self._age = age
 

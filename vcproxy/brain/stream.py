@@ -187,14 +187,15 @@ class Stream:
             return None
         if not self._placement.ready:
             return ""
-        missing = lacking(self._placement.mark(), self._floor)
+        mark = self._placement.mark()
+        missing = lacking(mark, self._floor)
         if not missing:
             self._floor = UNMARKED
             self._dirty.update(dict.fromkeys(self._told))
             return None
         self._placement.overtaken(missing)
         place, wanted = next(iter(missing.items()))
-        return _behind(place, wanted, self._placement.mark()[place])
+        return _behind(place, wanted, mark[place])
 
     def _about_node(self) -> Message | None:
         behind = self._behind_node()
@@ -203,25 +204,28 @@ class Stream:
                 return None
             self._behind = behind
             return Message("node_behind", encoding.encode_node_behind(behind or ""))
-        mark = self._placement.mark()
         facts = self._placement.facts(self.node)
         if facts != self._facts:
             self._facts = facts
-            return Message("facts", encoding.encode_facts(facts, mark))
+            return Message("facts", encoding.encode_facts(facts, self._placement.mark()))
         pods, told = self._placement.pods(self.node), self._pods
         if told is None or pods != told:
             self._pods = dict(pods)
             put = [(address, uid) for address, uid in pods.items() if told is None or told.get(address) != uid]
             removed = [address for address in told or () if address not in pods]
+            mark = self._placement.mark()
             return Message("placement", encoding.encode_placement(put, removed, mark, complete=told is None))
         first, self._complete = not self._complete, True
         if self.kind is not Kind.LEADING:
-            return Message("complete", encoding.encode_complete(self.entitled, mark)) if first else None
+            return self._name(self.entitled) if first else None
         named = frozenset(uid for uid in self.entitled if not self._store.gone(uid))
         if self._named == named:
             return None
         self._named = named
-        return Message("complete", encoding.encode_complete(named, mark))
+        return self._name(named)
+
+    def _name(self, uids: frozenset[str]) -> Message:
+        return Message("complete", encoding.encode_complete(uids, self._placement.mark()))
 
     def _covers(self, uid: str) -> bool:
         """Whether a tenant's content is a matter of this stream."""

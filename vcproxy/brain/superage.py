@@ -36,22 +36,13 @@ class SuperAge:
     `await run()` within a TaskGroup.
     """
 
-    def __init__(
-        self,
-        inputs: Callable[[], Iterable[ApiInput]],
-        *,
-        announce: Callable[[], None] = lambda: None,
-        overtaken_seconds: float = OVERTAKEN_SECONDS,
-        lists_apart_seconds: float = LISTS_APART_SECONDS,
-    ) -> None:
-        self.announce = announce
+    def __init__(self, inputs: Callable[[], Iterable[ApiInput]]) -> None:
+        self.announce: Callable[[], None] = lambda: None
         self._inputs = inputs
-        self._overtaken_seconds = overtaken_seconds
-        self._lists_apart_seconds = lists_apart_seconds
         self._places: dict[str, None] = {}
         self._chronicle = Chronicle(kinds=self._places)
         self._ahead = asyncio.Event()
-        self._caught_up_at = -lists_apart_seconds
+        self._caught_up_at = -LISTS_APART_SECONDS
 
     def told(self, path: str, event: Event[Any], version: str) -> None:
         """An event of a collection was taken in; `version`: up to where that one is known now."""
@@ -84,8 +75,8 @@ class SuperAge:
         while True:
             await self._ahead.wait()
             self._ahead.clear()
-            await asyncio.sleep(self._overtaken_seconds)
-            await asyncio.sleep(self._caught_up_at + self._lists_apart_seconds - time.monotonic())
+            await asyncio.sleep(OVERTAKEN_SECONDS)
+            await asyncio.sleep(self._caught_up_at + LISTS_APART_SECONDS - time.monotonic())
             if not self._chronicle.behind(self.mark()):
                 self.announce()
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -23,6 +23,7 @@ from vcproxy.kube.errors import Unreachable
 from vcproxy.kube.reflector import Broken, Listed, Recovered
 from vcproxy.model.addresses import parse_prefix
 from vcproxy.model.mark import Mark, Position
+from vcproxy.model.services import ServicePort
 from vcproxy.model.tenant import Tenant, TenantModel
 from vcproxy.ops import sealed
 
@@ -62,6 +63,15 @@ def restarted(directory: Path, policy: Policy = UNRESTRICTED) -> tuple[Store, Me
     store = Store()
     memory = remembering(directory, store, policy)
     return store, memory, memory.load()
+
+
+def read_again(directory: Path, ports: Sequence[ServicePort] = PORTS) -> tuple[Store, Memory]:
+    """A restarted brain that has read the tenant's API server."""
+    store, memory, _ = restarted(directory)
+    store.add_tenant(ACME)
+    store.replace(UID, ports)
+    store.set_synced(UID)
+    return store, memory
 
 
 def down(store: Store) -> None:
@@ -117,10 +127,7 @@ async def test_what_was_not_synced_is_neither_written_nor_empty(tmp_path: Path) 
 async def test_a_file_is_written_when_its_content_differs_and_not_else(tmp_path: Path) -> None:
     path = await written(tmp_path)
     before = path.stat()
-    store, memory, _ = restarted(tmp_path)
-    store.add_tenant(ACME)
-    store.replace(UID, PORTS)
-    store.set_synced(UID)
+    store, memory = read_again(tmp_path)
     down(store)
     await memory.flush()
     assert path.stat() == before
@@ -136,10 +143,7 @@ async def test_a_file_is_written_when_its_content_differs_and_not_else(tmp_path:
 async def test_what_nodes_were_sent_since_is_written_behind_the_content(tmp_path: Path) -> None:
     path = await written(tmp_path)
     before = path.read_bytes()
-    store, memory, _ = restarted(tmp_path)
-    store.add_tenant(ACME)
-    store.replace(UID, PORTS)
-    store.set_synced(UID)
+    store, memory = read_again(tmp_path)
     store.follow(UID, At())
     other = service_port("svc-2", 9, number=2)
     for put, removed in (([other], []), ([], [PORTS[0].key]), ([PORTS[0]], [PORTS[2].key])):
@@ -155,10 +159,7 @@ async def test_what_nodes_were_sent_since_is_written_behind_the_content(tmp_path
 async def test_without_the_steps_from_what_is_written_all_is_written(tmp_path: Path) -> None:
     path = await written(tmp_path)
     before = path.read_bytes()
-    store, memory, _ = restarted(tmp_path)
-    store.add_tenant(ACME)
-    store.replace(UID, PORTS[:2])
-    store.set_synced(UID)
+    _, memory = read_again(tmp_path, PORTS[:2])
     await memory.flush()
     assert not path.read_bytes().startswith(before)
     one = memory._read(path)

@@ -8,8 +8,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.fakes.apiserver import FakeApiServer
 from tests.unit.brain.polling import settle, until
+from vcproxy.brain import superage
 from vcproxy.brain.config import SuperCluster
 from vcproxy.brain.superaccess import SuperAccess
 from vcproxy.brain.superage import MOST_PLACES, SuperAge
@@ -18,6 +21,12 @@ from vcproxy.kube.reflector import Listed, Recovered
 from vcproxy.model.mark import Position, lacking
 
 POD = {"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "default", "name": "p"}}
+
+
+@pytest.fixture(autouse=True)
+def nobody_waits_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(superage, "OVERTAKEN_SECONDS", 0.02)
+    monkeypatch.setattr(superage, "LISTS_APART_SECONDS", 0.05)
 
 
 class Following:
@@ -34,11 +43,9 @@ class Following:
 async def following(
     api: FakeApiServer, directory: Path, resources: Sequence[Resource[Any]] = (PODS, NODES)
 ) -> AsyncIterator[Following]:
-    """A brain's view of a super cluster; nobody waits for long."""
+    """A brain's view of a super cluster."""
     (directory / "super").write_bytes(api.kubeconfig())
     access = SuperAccess(SuperCluster(kubeconfig=str(directory / "super")))
-    access.age._overtaken_seconds, access.age._lists_apart_seconds = 0.02, 0.05
-    access.age._caught_up_at = -1.0
     made = access.input(resources)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(made.run(lambda kind, event: None)), group.create_task(access.age.run())]
