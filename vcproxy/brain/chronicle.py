@@ -64,6 +64,12 @@ class Chronicle:
             if (held := self.mark.get(kind)) and held.epoch == epoch:
                 self.mark = {**self.mark, kind: msgspec.structs.replace(held, changed=max(held.changed, changed))}
 
+    @property
+    def rewritten(self) -> bool:
+        """What is taken is of another history than what is settled."""
+        settled = self.mark
+        return any(kind in settled and settled[kind].epoch != at.epoch for kind, at in self._taken.items())
+
     def settled(self) -> None:
         """All that was taken is in the content."""
         self.mark = {**self.mark, **self._taken}

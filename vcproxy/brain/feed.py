@@ -330,6 +330,8 @@ class Feed:
         while compiler is self.compiler and compiler.ready and self._open and not compiler.clean:
             change = compiler.flush(_Slice().spent)
             compiled = msgspec.structs.replace(timing, compiled=time.time_ns())
+            if self._complete and compiler.clean and self._chronicle.rewritten:
+                self._chronicle.settled()  # the content that is about to be told is of the new history
             if store.update(uid, change.put, change.removed, compiled) is not None:
                 metrics.COMPILE.observe(max(0, compiled.compiled - compiled.received) / 1e9)
             if not compiler.clean:
