@@ -5,12 +5,14 @@ grpc.aio facts that shape it: a handler without (de)serializers passes bytes thr
 finished; a dead one is noticed only if `grpc.http2.ping_timeout_ms` is set besides the keepalive options.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from vcproxy.brain import completions
 from vcproxy.brain.certificates import ServerCertificates
 from vcproxy.brain.config import Listen
 from vcproxy.brain.distribution import Distributor, Limits, Refused
@@ -46,6 +48,7 @@ async def serve(distributor: Distributor, listen: Listen, *, bound: Callable[[in
         except Refused as refused:
             await _refuse(context, refused.code, refused.problem)
 
+    completions.relieve(asyncio.get_running_loop())
     server = grpc.aio.server(options=_options(distributor.limits))
     handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {"Watch": grpc.stream_stream_rpc_method_handler(watch)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
