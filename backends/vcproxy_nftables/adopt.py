@@ -24,7 +24,19 @@ from vcproxy_nftables.netlink import Nfnetlink
 from vcproxy_nftables.plan import Planner
 from vcproxy_nftables.planned import Plan
 from vcproxy_nftables.pools import EXACT_SIZES, NUMBER_BITS, NUMBER_MASK, NUMBERS, SIZES, expand
-from vcproxy_nftables.specs import ATTACHMENT, COMMENTED, FAMILY, NODE, ORDER, PORT, TENANTS, WANTED, ZONED, zone_of
+from vcproxy_nftables.specs import (
+    ATTACHMENT,
+    COMMENTED,
+    FAMILY,
+    NODE,
+    ORDER,
+    PORT,
+    SUPER,
+    TENANTS,
+    WANTED,
+    ZONED,
+    zone_of,
+)
 from vcproxy_nftables.state import POOLS, WIDTH, Pool, Port, Tenant, affine_elements, claim_of
 
 Values = dict[bytes, bytes]
@@ -163,6 +175,9 @@ def _sort(image: Image) -> None:
     for spec in ZONED:
         for key, value in image.elements[spec].items():
             give(uids.get(zone_of(spec, key)), spec, key, value)
+    for spec in SUPER:
+        for key, value in image.elements[spec].items():
+            give(SUPER_UID, spec, key, value)
     for (_, family), specs in PORT.items():
         for key, value in image.elements[specs.frontends].items():
             point(uids.get(zone_of(specs.frontends, key)), family, value)

@@ -128,7 +128,9 @@ class NftablesBackend:
             if was != tenant.overlay:
                 self._planner.review(plan, tenant)
         zones = {uid: tenant.zone for uid, tenant in self._planner.tenants.items()} | {SUPER_UID: 0}
-        node.replace(plan.changes, self._fixed, node.attachment_elements(attachments, zones))
+        wanted = node.attachment_elements(attachments, zones)
+        plan.zoning = any(wanted.values())
+        node.replace(plan.changes, self._fixed, wanted)
         self._flat_zones = frozenset(zones[uid] for uid in flat)
         self._execute(plan)
         self._retire([tenant for tenant in self._planner.tenants.values() if self._is_idle(tenant)])

@@ -16,7 +16,7 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 from vcproxy.backend.protocol import BackendError
@@ -55,16 +55,17 @@ class Chain(NamedTuple):
 
 
 class Extra(NamedTuple):
-    """Chains made on demand, by family: size classes and affinity timeouts."""
+    """Chains made on demand. By family: size classes and affinity timeouts. `zoning`: those that tell zones."""
 
     classes: dict[int, list[int]]
     timeouts: dict[int, list[int]]
+    zoning: bool
 
     def text(self) -> str:
         """What makes them."""
         balance = (table.balance_text(f, numbers) for f, numbers in self.classes.items() if numbers)
         learn = (table.learn_text(f, seconds) for f, seconds in self.timeouts.items() if seconds)
-        return "".join((*balance, *learn))
+        return "".join((*balance, *learn, table.zoning_text() if self.zoning else ""))
 
 
 def read(name: str = table.TABLE) -> dict[str, Chain]:
@@ -102,9 +103,10 @@ def _text(octets: bytes) -> str:
     return octets.rstrip(b"\0").decode()
 
 
-def extra(names: Iterable[str]) -> Extra:
-    """Which of these chains were made on demand. A name that we would not give is not among them."""
-    found = Extra({4: [], 6: []}, {4: [], 6: []})
+def extra(names: Collection[str], *, zoning: bool = False) -> Extra:
+    """Which of these chains were made on demand. A name that we would not give is not among them. `zoning`: whether
+    these chains are wanted in any case."""
+    found = Extra({4: [], 6: []}, {4: [], 6: []}, zoning or not set(names).isdisjoint(table.ZONING_CHAINS))
     for name in sorted(names):
         if match := _BALANCE.fullmatch(name):
             number = size_class(int(match[2])) if 1 < int(match[2]) <= SIZES[-1] else 0

@@ -7,7 +7,7 @@ ends the process that it is in. Elements never are (see `batch`).
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from vcproxy.backend.protocol import BackendError, BackendUnavailable
 from vcproxy_nftables import chains, table
@@ -16,7 +16,7 @@ from vcproxy_nftables.conntrack import Conntrack
 from vcproxy_nftables.netlink import Nfnetlink, TableMissing
 from vcproxy_nftables.planned import Plan
 from vcproxy_nftables.pools import NUMBER_BITS, SIZES
-from vcproxy_nftables.specs import FAMILY, WANTED
+from vcproxy_nftables.specs import ATTACHMENT, FAMILY, WANTED
 
 NFT_TIMEOUT = 120.0  # seconds; a table of a million elements takes some to list
 
@@ -89,14 +89,18 @@ class Kernel:
         """True if the table has all the chains, rules and maps that it should have, and no others."""
         found = chains.read()
         self._chains = frozenset(found)
-        wanted = chains.extra(found)
         facts = self.netlink.sets()
+        wanted = chains.extra(found, zoning=self._zones_packets(facts))
         return (
             found == chains.expected(wanted, _load)
             and facts.keys() == _SHAPES.keys()
             and all((facts[name].key_octets, facts[name].data_octets) == shape for name, shape in _SHAPES.items())
             and all(self._leads_to_all(family, wanted) for family in FAMILY)
         )
+
+    def _zones_packets(self, known: Collection[str]) -> bool:
+        """True if the table holds attachments: then the chains that look at them must not be missing."""
+        return any(len(self.netlink.dump(spec).keys) for spec in ATTACHMENT if spec.name in known)
 
     def _leads_to_all(self, family: int, wanted: chains.Extra) -> bool:
         held = self.netlink.dump(FAMILY[family].balance)
@@ -114,9 +118,9 @@ class Kernel:
         different layout), the table is made anew, empty.
         """
         found = chains.read()
-        wanted = chains.extra(found)
-        emptied = "".join(f"flush map inet {table.TABLE} {specs.balance.name}\n" for specs in FAMILY.values())
         known = self.netlink.sets().keys()
+        wanted = chains.extra(found, zoning=self._zones_packets(known))
+        emptied = "".join(f"flush map inet {table.TABLE} {specs.balance.name}\n" for specs in FAMILY.values())
         emptied = emptied if {specs.balance.name for specs in FAMILY.values()} <= known else ""
         try:
             self._load(emptied + chains.mending_text(found, known, _SHAPES, wanted))
@@ -137,6 +141,8 @@ class Kernel:
             timeouts = self._missing((table.learn_chain(family, seconds), seconds) for seconds in plan.timeouts[family])
             text += table.balance_text(family, classes) if classes else ""
             text += table.learn_text(family, timeouts) if timeouts else ""
+        if plan.zoning and not self._chains.issuperset(table.ZONING_CHAINS):
+            text += table.zoning_text()
         if text:
             if not self.netlink.exists():  # or nft would make a table of these chains alone
                 raise TableMissing("the table is gone", errno=2, name=table.TABLE)

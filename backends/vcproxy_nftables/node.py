@@ -75,7 +75,7 @@ def node_elements(state: NodeState) -> dict[MapSpec, Values]:
     for family, specs in FAMILY.items():
         octets = 4 if family == 4 else 16
         sources = tuple(prefix for prefix in state.local_sources or () if len(prefix.address) == octets)
-        wanted[specs.local_sources] = {prefix_range(lead, prefix): b"" for prefix in merge_prefixes(sources)}
+        wanted[specs.local_prefixes] = {prefix_range(b"", prefix): b"" for prefix in merge_prefixes(sources)}
         wanted[specs.node_addresses] = {address: b"" for address in state.node_addresses if len(address) == octets}
     return wanted
 

@@ -19,7 +19,17 @@ from vcproxy.model.services import FrontendKind, PortKey, Protocol
 from vcproxy_nftables.affinity import affinity_class, bind
 from vcproxy_nftables.elements import MapSpec
 from vcproxy_nftables.planned import Flows, Plan
-from vcproxy_nftables.pools import MAX_TARGETS, NUMBERS, Numbers, arrange, pool_value, size_class, split
+from vcproxy_nftables.pools import (
+    AFFINE,
+    MAX_TARGETS,
+    NUMBERS,
+    PoolNumbers,
+    arrange,
+    is_affine,
+    pool_value,
+    size_class,
+    split,
+)
 from vcproxy_nftables.specs import FAMILY, ORDER, PORT, number, port_field
 from vcproxy_nftables.state import (
     POOLS,
@@ -45,7 +55,7 @@ class Planner:
 
     def __init__(self) -> None:
         self.tenants: dict[str, Tenant] = {}
-        self.numbers = {4: Numbers(0, NUMBERS - 1), 6: Numbers(0, NUMBERS - 1)}
+        self.numbers = {4: PoolNumbers(), 6: PoolNumbers()}
         self.node_addresses: frozenset[bytes] = frozenset()
         self.accepting: frozenset[bytes] = frozenset()
         """Where NodePorts are accepted."""
@@ -138,8 +148,10 @@ class Planner:
             count = max(len(cluster), len(local)) // WIDTH[family]
             if count > MAX_TARGETS:
                 return f"it has {count} IPv{family} endpoints; a service port may have {MAX_TARGETS}"
-            if self.numbers[family].available < 2:
-                return f"all {NUMBERS} pools of IPv{family} are in use on this node"
+            affine = bool(forwarded.affinity_seconds)
+            if self.numbers[family].available(affine=affine) < 2:
+                kind = "with" if affine else "without"
+                return f"all {AFFINE} pools of IPv{family} {kind} session affinity are in use on this node"
         return ""
 
     def _change(self, plan: Plan, port: Port, forwarded: ForwardedPort, *, keep_pools: bool = False) -> None:
@@ -203,7 +215,7 @@ class Planner:
             if family not in values:
                 packed = forwarded.cluster4 if family == 4 else forwarded.cluster6
                 size = len(packed) // WIDTH[family]
-                pool = pools[family == 6] = Pool(self.numbers[family].take(), packed)
+                pool = pools[family == 6] = Pool(self.numbers[family].take(affine=False), packed)
                 plan.changes.set_pool(family, pool.number, b"", packed)
                 values[family] = number(pool_value(pool.number, size))
                 if size > 1:
@@ -300,8 +312,11 @@ class Planner:
 
     def _set_pool(self, plan: Plan, family: int, pool: Pool | None, wanted: bytes, seconds: int) -> Pool | None:
         width = WIDTH[family]
+        if pool is not None and wanted and is_affine(pool.number) != bool(seconds):
+            self._set_pool(plan, family, pool, b"", 0)
+            pool = None
         if pool is None:
-            pool = Pool(self.numbers[family].take())
+            pool = Pool(self.numbers[family].take(affine=bool(seconds)))
         slots = arrange(pool.slots, wanted, width)
         if slots != pool.slots:
             plan.changes.set_pool(family, pool.number, pool.slots, slots)

@@ -44,8 +44,8 @@ class Plan:
     """What one call means for the kernel.
 
     `flows`: by zone; PUBLIC stands for all zones that may dial public frontends. `classes`, `timeouts`: by family, the
-    size classes and affinity timeouts whose chains must exist before. `freed`: (family, pool number), to be handed out
-    again when all is committed.
+    size classes and affinity timeouts whose chains must exist before; `zoning`: whether those that tell zones must.
+    `freed`: (family, pool number), to be handed out again when all is committed.
     """
 
     PUBLIC = -1
@@ -55,4 +55,5 @@ class Plan:
         self.flows: dict[int, Flows] = {}
         self.classes: dict[int, set[int]] = {4: set(), 6: set()}
         self.timeouts: dict[int, set[int]] = {4: set(), 6: set()}
+        self.zoning = False
         self.freed: list[tuple[int, int]] = []

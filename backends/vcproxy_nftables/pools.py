@@ -1,7 +1,8 @@
 """Pools: the targets that a first packet may be sent to, as numbered slots of which the kernel picks one at random.
 
 The kernel picks with `numgen random mod N`, where N is a constant of a rule; so there is a rule per N, and a pool's
-value (32 bits, what a frontend map holds) says which: size class << 20 | pool number.
+value (32 bits, what a frontend map holds) says which: size class << 20 | pool number. The upper half of the numbers is
+for pools with session affinity, so that a bit says whether clients may be bound, and not a look-up.
 
 Size classes are exact up to 3,072 targets. Beyond, up to 65,536, sizes grow in 1,023 steps of 0.3 %, and the surplus
 slots repeat the first targets: these get up to twice the share of others, which nobody can measure among thousands,
@@ -22,6 +23,8 @@ MAX_TARGETS = 65_536
 NUMBER_BITS = 20
 NUMBERS = 1 << NUMBER_BITS
 NUMBER_MASK = NUMBERS - 1
+AFFINE = NUMBERS >> 1
+"""The bit of a pool's number that says that it has affinity."""
 CLASSES = 1 << (32 - NUMBER_BITS)
 
 DROP = 1  # values of class 0
@@ -142,3 +145,34 @@ class Numbers:
     def release(self, number: int) -> None:
         """Give back a number."""
         self._free.append(number)
+
+
+class PoolNumbers:
+    """The numbers of one family's pools."""
+
+    def __init__(self) -> None:
+        self._halves = (Numbers(0, AFFINE - 1), Numbers(AFFINE, NUMBERS - 1))
+
+    def take(self, *, affine: bool) -> int:
+        """A number that is not in use. Raises NumbersExhausted."""
+        return self._halves[affine].take()
+
+    def available(self, *, affine: bool) -> int:
+        """How many numbers may be taken."""
+        return self._halves[affine].available
+
+    def reserve(self, numbers: Iterable[int]) -> None:
+        """Mark numbers as in use, before any was taken."""
+        found = set(numbers)
+        affine = set(filter(is_affine, found))
+        for half, mine in zip(self._halves, (found - affine, affine), strict=True):
+            half.reserve(mine)
+
+    def release(self, number: int) -> None:
+        """Give back a number."""
+        self._halves[is_affine(number)].release(number)
+
+
+def is_affine(number: int) -> bool:
+    """Whether a number is one of pools with affinity."""
+    return bool(number & AFFINE)

@@ -14,7 +14,7 @@ from vcproxy_nftables.elements import MapSpec
 from vcproxy_nftables.node import Values
 from vcproxy_nftables.planned import Plan
 from vcproxy_nftables.pools import size_class
-from vcproxy_nftables.specs import FAMILY, number
+from vcproxy_nftables.specs import ATTACHMENT, FAMILY, number
 from vcproxy_nftables.state import (
     POOLS,
     WIDTH,
@@ -67,6 +67,7 @@ def difference(
             wanted.setdefault(spec, {})[key] = value
         for family, pool_number in belongings.pools:
             pools[family][pool_number] = untold.pools[family][pool_number]
+    plan.zoning = any(fixed.get(spec) for spec in ATTACHMENT)
     missing = foreign = 0
     for spec, held in found.elements.items():
         values = wanted.get(spec, {})

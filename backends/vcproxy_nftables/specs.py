@@ -35,7 +35,8 @@ class FamilySpecs(NamedTuple):
     affine_ids: MapSpec
     virtual_ips: MapSpec
     virtual_ranges: MapSpec
-    local_sources: MapSpec
+    super_ranges: MapSpec
+    local_prefixes: MapSpec
     hairpin: MapSpec
     node_addresses: MapSpec
 
@@ -58,7 +59,6 @@ class PortSpecs(NamedTuple):
 
 def _family(f: int) -> FamilySpecs:
     a = 4 if f == 4 else 16
-    ranges = Ranges.CONCATENATED
     return FamilySpecs(
         family=f,
         zone_by_address=MapSpec(f"zone_by_address{f}", a, 2),
@@ -69,8 +69,9 @@ def _family(f: int) -> FamilySpecs:
         affine_targets=MapSpec(f"affine_targets{f}", 4, a + 4),
         affine_ids=MapSpec(f"affine_ids{f}", 8 + a, 4),
         virtual_ips=MapSpec(f"virtual_ips{f}", 4 + a),
-        virtual_ranges=MapSpec(f"virtual_ranges{f}", 4 + a, ranges=ranges),
-        local_sources=MapSpec(f"local_sources{f}", 4 + a, ranges=ranges),
+        virtual_ranges=MapSpec(f"virtual_ranges{f}", 4 + a, ranges=Ranges.CONCATENATED),
+        super_ranges=MapSpec(f"super_ranges{f}", a, ranges=Ranges.SINGLE),
+        local_prefixes=MapSpec(f"local_prefixes{f}", a, ranges=Ranges.SINGLE),
         hairpin=MapSpec(f"hairpin{f}", 4 + 2 * a),
         node_addresses=MapSpec(f"node_addresses{f}", a),
     )
@@ -110,9 +111,12 @@ NODE: tuple[MapSpec, ...] = (
     LOCAL_INTERFACES,
     MASQUERADE_ALL,
     MASQUERADE_NONLOCAL,
-    *(spec for f in FAMILY.values() for spec in (f.local_sources, f.node_addresses)),
+    *(spec for f in FAMILY.values() for spec in (f.local_prefixes, f.node_addresses)),
 )
 """What set_node decides."""
+
+SUPER: tuple[MapSpec, ...] = tuple(f.super_ranges for f in FAMILY.values())
+"""The super cluster's own maps, whose key has no zone."""
 
 ATTACHMENT: tuple[MapSpec, ...] = (ZONE_BY_INTERFACE, *(f.zone_by_address for f in FAMILY.values()))
 """What attach decides."""
@@ -124,7 +128,7 @@ AFFINE: tuple[MapSpec, ...] = tuple(
 
 PUBLIC: tuple[MapSpec, ...] = tuple(spec for ports in PORT.values() for spec in ports[1:])
 
-WANTED: tuple[MapSpec, ...] = (TENANTS, *NODE, *ATTACHMENT, *ZONED, *PUBLIC, *AFFINE)
+WANTED: tuple[MapSpec, ...] = (TENANTS, *NODE, *ATTACHMENT, *ZONED, *SUPER, *PUBLIC, *AFFINE)
 """All that vcproxy writes, but endpoints (packed differently) and affinity (the kernel writes it)."""
 
 

@@ -188,12 +188,13 @@ def shared(port: Port) -> Iterator[tuple[MapSpec, bytes]]:
 
 
 def range_elements(tenant: Tenant, prefixes: tuple[Prefix, ...]) -> set[tuple[MapSpec, bytes]]:
-    """The elements of virtual_ranges for a tenant's ranges."""
-    zone = zone_range_field(tenant.zone)
-    return {
-        (FAMILY[4 if len(prefix.address) == 4 else 6].virtual_ranges, prefix_range(zone, prefix))
-        for prefix in merge_prefixes(prefixes)
-    }
+    """The elements of virtual_ranges, or super_ranges, for a tenant's ranges."""
+    lead = zone_range_field(tenant.zone) if tenant.zone else b""
+    found = set()
+    for prefix in merge_prefixes(prefixes):
+        specs = FAMILY[4 if len(prefix.address) == 4 else 6]
+        found.add((specs.virtual_ranges if tenant.zone else specs.super_ranges, prefix_range(lead, prefix)))
+    return found
 
 
 def affine_elements(family: int, pool: Pool) -> Iterator[Element]:

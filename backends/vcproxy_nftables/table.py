@@ -2,7 +2,9 @@
 
 All state is elements of the maps below (see `specs` for their octets), so the text is written once, and a change of a
 service never touches a chain. What is made later, on demand and on a slow path, are chains that differ in a number that
-nftables takes as a constant only: one per pool size in use (`numgen ... mod N`) and one per affinity timeout in use.
+nftables takes as a constant only: one per pool size in use (`numgen ... mod N`) and one per affinity timeout in use;
+and, with the first attachment of a tenant, those that look at each packet for its zone: where there is only the super
+cluster, no packet pays for them.
 
 The way of a first packet:
 
@@ -13,9 +15,10 @@ The way of a first packet:
     learn       (behind dnat) which endpoint the client got, for pools with affinity; puts the register back
     postrouting masquerade, by sets and the original destination
 
-A pool value is 32 bits: the upper 12 its size class (see `pools`), the lower 20 its number. Class 0 is special: value
-0:1 drops, 0:2 rejects. Maps hold data, never verdicts: the kernel validates a verdict map anew at each commit that
-touches it. Only `balance` and `affine_pools`, which are small and seldom touched, hold verdicts.
+A pool value is 32 bits: the upper 12 its size class (see `pools`), the lower 20 its number, of which the highest says
+whether the pool has affinity. Class 0 is special: value 0:1 drops, 0:2 rejects. Maps hold data, never verdicts: the
+kernel validates a verdict map anew at each commit that touches it. Only `balance` and `affine_pools`, which are small
+and seldom touched, hold verdicts.
 
 Session affinity must end with its endpoint, and without a walk over all clients. So a client is not bound to an address
 but to a target id (pool number and a number within the pool), which a second map resolves: without the endpoint's
@@ -41,24 +44,27 @@ again. Nothing that was meant for a service ever goes on untranslated and gets a
 `nft` facts that shaped the text: keys must be `typeof` and per protocol and family; `dnat` to an address and port from
 a map wants `meta l4proto` in its rule; `priority dstnat` is refused on the output hook by nft 1.0.6; concatenations may
 hold a masked field, but the data of `update` may not be a map lookup.
+
+Sets of ranges with more than one field (pipapo) use vector registers, which a process has to get back: 0.5 to 1 us of
+the first packet here. So what packets of the super cluster always meet has one field (a tree), and no zone.
 """
 
 import hashlib
 from collections.abc import Iterable
 
-from vcproxy_nftables.pools import SIZES
+from vcproxy_nftables.pools import AFFINE, SIZES
 
 TABLE = "vcproxy"
 PROTOCOLS = ("tcp", "udp", "sctp")
 FAMILIES = (4, 6)
+ZONING_CHAINS = ("raw_prerouting", "raw_output")
 READY_SIZES = range(2, 17)  # balance chains that come with the table: the usual sizes, 2 ms at start
 AFFINITY_CLIENTS = 1_000_000  # per family; when full, further clients are balanced without being bound
 
 _IP = {4: "ip", 6: "ip6"}
 _CLIENT = {4: "ip saddr", 6: "@nh,96,96"}  # of affinity: for IPv6 the lower 96 bits of the source address
-_OUTSIDE = (
-    "ct zone 0 ct zone . {ip} saddr != @local_sources{f} ct zone . iifname != @local_interfaces fib saddr type != local"
-)
+_AFFINE = f"meta priority & {AFFINE >> 16:x}:0 == {AFFINE >> 16:x}:0"
+_OUTSIDE = "ct zone 0 {ip} saddr != @local_prefixes{f} ct zone . iifname != @local_interfaces fib saddr type != local"
 
 
 def _map(name: str, typeof: str, *more: str) -> str:
@@ -102,7 +108,8 @@ def _family_sets(f: int) -> str:
         + _map(f"affine_ids{f}", f"meta priority . {ip} daddr . tcp dport : meta priority")
         + _set(f"virtual_ips{f}", f"ct zone . {ip} daddr")
         + _set(f"virtual_ranges{f}", f"ct zone . {ip} daddr", "flags interval")
-        + _set(f"local_sources{f}", f"ct zone . {ip} saddr", "flags interval")
+        + _set(f"super_ranges{f}", f"{ip} daddr", "flags interval")
+        + _set(f"local_prefixes{f}", f"{ip} saddr", "flags interval")
         + _set(f"hairpin{f}", f"ct zone . {ip} saddr . {ip} daddr")
         + _set(f"node_addresses{f}", f"{ip} daddr")
     )
@@ -139,7 +146,8 @@ def _protocol_chains(p: str, f: int) -> str:
         f"meta priority set {dialled} map @{name}_public_frontends goto public_{name}",
         f"{ip} daddr @node_addresses{f} meta priority set {p} dport map @{name}_nodeports goto nodeport_{name}",
         f"ct zone . {ip} daddr @virtual_ips{f} goto refuse",
-        f"ct zone . {ip} daddr @virtual_ranges{f} drop",
+        f"ct zone 0 {ip} daddr @super_ranges{f} drop",
+        f"ct zone != 0 ct zone . {ip} daddr @virtual_ranges{f} drop",
     )
     exceptions = "".join(
         _chain(
@@ -178,7 +186,7 @@ def _random_slot(f: int, size: int) -> list[str]:
 
 
 def _bound(f: int) -> str:
-    return f"meta priority set meta priority . {_CLIENT[f]} map @affinity{f} jump affine{f}"
+    return f"{_AFFINE} meta priority set meta priority . {_CLIENT[f]} map @affinity{f} jump affine{f}"
 
 
 def _balance_chain(f: int, size: int) -> str:
@@ -212,7 +220,7 @@ def _family_chains(f: int) -> str:
             "meta nfproto @masquerade_all goto masquerade_now",
             # The family is said once more: nft 1.1 believes that a look-up of it says that it is none.
             f"meta nfproto @masquerade_nonlocal meta nfproto ipv{f} ct zone 0"
-            f" ct zone . {ip} saddr != @local_sources{f} jump nonlocal",
+            f" {ip} saddr != @local_prefixes{f} jump nonlocal",
         )
         + "".join(_protocol_chains(p, f) for p in PROTOCOLS)
         + _chain(
@@ -228,24 +236,13 @@ def _hooks() -> str:
     return (
         "".join(_chain(f"services{f}", *(f"meta l4proto {p} goto {p}{f}" for p in PROTOCOLS)) for f in FAMILIES)
         + _chain("services", *(f"meta nfproto ipv{f} goto services{f}" for f in FAMILIES))
-        + _chain(
-            "raw_prerouting",
-            "type filter hook prerouting priority raw; policy accept;",
-            "ct zone set iifname map @zone_by_interface accept",
-            *(f"ct original zone set {_IP[f]} saddr map @zone_by_address{f}" for f in FAMILIES),
-        )
-        + _chain(
-            "raw_output",
-            "type filter hook output priority raw; policy accept;",
-            "ct zone set oifname map @zone_by_interface",
-        )
         + _chain("prerouting", "type nat hook prerouting priority dstnat; policy accept;", "jump services")
         + _chain("output", "type nat hook output priority -100; policy accept;", "jump services")
         + _chain(
             "learn",
             *(f"meta nfproto ipv{f} meta priority vmap @affine_pools{f}" for f in FAMILIES),
         )
-        + _chain("behind_dnat", "jump learn", "meta priority set 0:0")
+        + _chain("behind_dnat", f"{_AFFINE} jump learn", "meta priority set 0:0")
         + _chain(
             "learn_prerouting",
             "type filter hook prerouting priority -99; policy accept;",
@@ -262,6 +259,19 @@ def _hooks() -> str:
             "ct status & dnat == 0 accept",
             *(f"meta nfproto ipv{f} jump masquerade{f}" for f in FAMILIES),
         )
+    )
+
+
+def _zoning() -> str:
+    return _chain(
+        ZONING_CHAINS[0],
+        "type filter hook prerouting priority raw; policy accept;",
+        "ct zone set iifname map @zone_by_interface accept",
+        *(f"ct original zone set {_IP[f]} saddr map @zone_by_address{f}" for f in FAMILIES),
+    ) + _chain(
+        ZONING_CHAINS[1],
+        "type filter hook output priority raw; policy accept;",
+        "ct zone set oifname map @zone_by_interface",
     )
 
 
@@ -289,7 +299,7 @@ def _class_handle(number: int) -> str:
 
 def layout_chain() -> str:
     """The name of an empty chain that tells which text made the table: `layout_` and 16 hex digits of its hash."""
-    return f"layout_{hashlib.blake2b(_body().encode(), digest_size=8).hexdigest()}"
+    return f"layout_{hashlib.blake2b((_body() + _zoning()).encode(), digest_size=8).hexdigest()}"
 
 
 def balance_chain(family: int, size: int) -> str:
@@ -328,8 +338,13 @@ def learn_text(family: int, timeouts: Iterable[int]) -> str:
     return f"table inet {TABLE} {{\n{chains}}}\n"
 
 
+def zoning_text() -> str:
+    """nft text that adds the chains which find out packets' zones."""
+    return f"table inet {TABLE} {{\n{_zoning()}}}\n"
+
+
 def skeleton() -> str:
-    """nft text that makes the whole table, to be loaded where it does not exist."""
+    """nft text that makes the whole table but what is made on demand, to be loaded where it does not exist."""
     special = "".join(f"add element inet {TABLE} balance{f} {{ 0:0 : goto special }}\n" for f in FAMILIES)
     ready = "".join(balance_text(f, READY_SIZES) for f in FAMILIES)
     return f"table inet {TABLE} {{\n{_body()}{_chain(layout_chain())}}}\n{special}{ready}"

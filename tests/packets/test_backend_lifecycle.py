@@ -229,6 +229,10 @@ MEDDLING = {
     "a set added": "add set inet vcproxy stranger { type ipv4_addr; }",
     "a size's way removed": "flush map inet vcproxy balance4",
     "an affinity timeout's rules removed": "flush chain inet vcproxy learn4_100",
+    "the zones' chains removed": "".join(
+        f"flush chain inet vcproxy {name}\ndelete chain inet vcproxy {name}\n" for name in table.ZONING_CHAINS
+    ),
+    "one of the zones' chains removed": f"delete chain inet vcproxy {table.ZONING_CHAINS[1]}",
 }
 
 
@@ -253,6 +257,28 @@ def test_repair_undoes_what_somebody_did_to_the_table(world: World, what: str) -
 def _steady(words: list[str]) -> list[str]:
     """Without learnt clients, whose timeouts run."""
     return [" ".join(word.split()) for word in words if "expires" not in word]
+
+
+def test_packets_are_looked_at_for_zones_once_there_are_any(world: World) -> None:
+    def zoning() -> set[str]:
+        listed = world.node.run(["nft", "list", "chains", "inet"]).stdout
+        return {name for name in table.ZONING_CHAINS if f"chain {name} " in listed}
+
+    with programmed(world.node) as (backend,):
+        backend.put("super", *world.services(), complete=True)
+        backend.put("acme", complete=True)
+        assert zoning() == set()
+        backend.attach(interfaces={"nowhere0": "acme"})
+        assert zoning() == set(table.ZONING_CHAINS)
+        assert not backend.backend.drifted()
+        backend.attach()
+        backend.attach(addresses={parse_address(BOLT[0]): "bolt"})
+        assert backend.repair() == Drift()
+        world.nft("".join(f"flush chain inet vcproxy {name}\n" for name in table.ZONING_CHAINS))
+        again = backend.reopened()
+        assert zoning() == set(table.ZONING_CHAINS)
+        assert again.repair() == Drift()
+        again.backend.close()
 
 
 def test_other_peoples_tables_are_no_matter(world: World) -> None:

@@ -13,10 +13,10 @@ def load(text: str) -> None:
     run_nft("-f", "-", text=text)
 
 
-@pytest.fixture
-def loaded(nft: Callable[[str], Any]) -> chains.Extra:
+@pytest.fixture(params=[True, False], ids=["zoning", "no zoning"])
+def loaded(nft: Callable[[str], Any], request: pytest.FixtureRequest) -> chains.Extra:
     """Our table with chains made on demand, which are returned."""
-    extra = chains.Extra({4: [20], 6: [30]}, {4: [10800], 6: []})
+    extra = chains.Extra({4: [20], 6: [30]}, {4: [10800], 6: []}, zoning=request.param)
     nft(f"flush ruleset\n{table.skeleton()}{extra.text()}")
     return extra
 

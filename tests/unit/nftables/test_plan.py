@@ -15,7 +15,7 @@ from vcproxy_nftables import adopt, repair
 from vcproxy_nftables.affinity import MAX_TARGET_IDS, affinity_class
 from vcproxy_nftables.plan import Planner
 from vcproxy_nftables.planned import Plan
-from vcproxy_nftables.pools import NUMBER_MASK, NUMBERS, REJECT
+from vcproxy_nftables.pools import NUMBER_MASK, NUMBERS, REJECT, PoolNumbers, is_affine
 from vcproxy_nftables.specs import FAMILY, ORDER, PORT, TENANTS, zone_value
 from vcproxy_nftables.state import Tenant
 
@@ -141,6 +141,7 @@ def meaning(world: World) -> dict[object, object]:
                     slots = image.pools[family][number & NUMBER_MASK]
                     width = 6 if family == 4 else 18
                     affine = image.elements[FAMILY[family].affine_pools].get((number & NUMBER_MASK).to_bytes(4, ORDER))
+                    assert is_affine(number) == (affine is not None)
                     members = frozenset(slots[at : at + width] for at in range(0, len(slots), width))
                     result[spec.name, where] = members, len(slots), affine, value[4:]
     return result
@@ -356,6 +357,27 @@ def test_a_target_that_leaves_takes_its_id_with_it_and_the_others_keep_theirs() 
     }
     assert after[targets(4)] not in ids.values()
     assert len(world.table.maps[FAMILY[4].affine_targets]) == 3
+
+
+def test_a_pool_whose_number_says_otherwise_gets_another() -> None:
+    """So it is in tables of layouts in which numbers said nothing, and whenever affinity is switched."""
+
+    class Older(PoolNumbers):
+        def take(self, *, affine: bool) -> int:
+            return super().take(affine=False)
+
+    world = World()
+    world.planner.numbers = {4: Older(), 6: Older()}
+    world.put("acme", web(1, 2, 3, affinity_seconds=10))
+    assert not any(map(is_affine, adopt.read(world.table).pools[4]))  # type: ignore[arg-type]
+    world = world.restarted(["acme"])
+    world.commit()
+    assert meaning(world)
+    assert world.drift() == 0
+    for seconds in (0, 10):
+        world.put("acme", web(1, 2, 3, affinity_seconds=seconds))
+        assert meaning(world)
+        assert len(adopt.read(world.table).pools[4]) == 1  # type: ignore[arg-type]
 
 
 def test_affinity_beyond_the_ids_balances_without_binding() -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vcproxy_nftables.pools import (
+    AFFINE,
     CLASSES,
     EXACT_SIZES,
     MAX_TARGETS,
@@ -14,8 +15,10 @@ from vcproxy_nftables.pools import (
     SIZES,
     Numbers,
     NumbersExhausted,
+    PoolNumbers,
     arrange,
     expand,
+    is_affine,
     pool_value,
     size_class,
     slot_changes,
@@ -93,3 +96,15 @@ def test_numbers_come_back_as_late_as_possible() -> None:
         numbers.take()
     numbers.release(2)
     assert numbers.take() == 2
+
+
+def test_pools_with_affinity_have_numbers_of_their_own() -> None:
+    numbers = PoolNumbers()
+    numbers.reserve([0, AFFINE])
+    plain, affine = numbers.take(affine=False), numbers.take(affine=True)
+    assert (plain, affine) == (1, AFFINE + 1)
+    assert (is_affine(plain), is_affine(affine)) == (False, True)
+    assert numbers.available(affine=False) == numbers.available(affine=True) == AFFINE - 2
+    numbers.release(affine)
+    assert numbers.available(affine=False) == AFFINE - 2
+    assert numbers.available(affine=True) == AFFINE - 1
