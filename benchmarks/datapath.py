@@ -1,10 +1,11 @@
-"""What a Service costs the first packet of a connection. `python -m benchmarks datapath`.
+"""What a Service costs a connection. `python -m benchmarks datapath`.
 
-The time of connect(2), SYN sent to SYN-ACK received, from a pod to an endpoint on another node: directly, and through
-a ClusterIP, in turns, so that whatever else the machine does hits both alike. The table is filled with other Services
-(and other tenants') in between: a ruleset whose size does not depend on them must not get slower. kube-proxy's node
-stands beside ours with the same endpoint behind it, and a third has no proxy: what a connection to no Service at all
-pays for one being there is the difference of the columns "direct".
+From a pod to an endpoint on another node, directly and through a ClusterIP in turns, so that whatever else the machine
+does hits both alike: connect(2), SYN sent to SYN-ACK received, which shows what the first packet pays; and whole
+connections (connect, a few octets each way, close), one after the other, of which a second has so many. The table is
+filled with other Services (and other tenants') in between: a ruleset whose size does not depend on them must not get
+slower. kube-proxy's node stands beside ours with the same endpoint behind it, and a third has no proxy: what a
+connection to no Service at all pays for one being there is the difference of the columns "direct".
 """
 
 import random
@@ -35,14 +36,18 @@ VIP, PORT = "10.32.255.1", 8080
 SIZES = ((1, 1), (1_000, 1), (10_000, 1), (100_000, 1), (100_000, 1_000))
 """Services and tenants."""
 PEER_SERVICES = 1_000
+RANGES = (parse_prefix("10.32.0.0/16"), parse_prefix("10.64.0.0/12"))
 _LINGER = struct.pack("ii", 1, 0)
 
 
 def report(show: Callable[[Any], None]) -> None:
     """Direct, through vcproxy at each size, through kube-proxy; one table."""
-    drawn = Table(title=f"connect(2) to a pod on another node, median of {ROUNDS:,}, in turns with a direct one")
-    for heading in ("proxy", "services", "tenants", "direct", "through the ClusterIP", "the Service's price"):
+    drawn = Table(title=f"connections to a pod on another node, medians of {ROUNDS:,}, in turns with direct ones")
+    for heading in ("proxy", "services", "tenants"):
         drawn.add_column(heading, justify="left" if heading == "proxy" else "right")
+    for kind in ("connect", "whole"):
+        for heading in (f"{kind}: direct", "ClusterIP", "price" if kind == "connect" else "a second, of direct"):
+            drawn.add_column(heading, justify="right")
     with Lab("vcp-path") as lab:
         one, two, three = lab.node("one"), lab.node("two"), lab.node("three")
         four = lab.node("four")
@@ -52,7 +57,8 @@ def report(show: Callable[[Any], None]) -> None:
         )
         web = three.flat_pod("web", "10.200.3.2", "fd00:200:0:3::2")
         lab.serve(web, tcp=[PORT])
-        drawn.add_row("none", "", "", f"{measured(bare, (web.ip4, PORT))[0] * 1e6:.1f} us", "", "")
+        alone = [f"{measured(bare, way, (web.ip4, PORT))[0] * 1e6:.1f} us" for way in (connect, whole)]
+        drawn.add_row("none", "", "", alone[0], "", "", alone[1], "", "")
         with netns.entered(one.ns):
             backend = NftablesBackend({})
             backend.open()
@@ -76,7 +82,8 @@ def report(show: Callable[[Any], None]) -> None:
 
 def row(drawn: Table, name: str, services: int, tenants: int, client: Pod, web: Pod) -> None:
     """Measure, and one line of the table."""
-    direct, through = measured(client, (web.ip4, PORT), (VIP, 80))
+    direct, through = measured(client, connect, (web.ip4, PORT), (VIP, 80))
+    direct_whole, through_whole = measured(client, whole, (web.ip4, PORT), (VIP, 80))
     drawn.add_row(
         name,
         f"{services:,}",
@@ -84,21 +91,42 @@ def row(drawn: Table, name: str, services: int, tenants: int, client: Pod, web: 
         f"{direct * 1e6:.1f} us",
         f"{through * 1e6:.1f} us",
         f"{(through - direct) * 1e6:+.1f} us",
+        f"{direct_whole * 1e6:.1f} us",
+        f"{through_whole * 1e6:.1f} us",
+        f"{direct_whole / through_whole:.1%}",
     )
 
 
-def measured(client: Pod, *targets: tuple[str, int]) -> list[float]:
-    """Median seconds of connect to each target; in turns."""
+Way = Callable[[tuple[str, int]], float]
+
+
+def measured(client: Pod, way: Way, *targets: tuple[str, int]) -> list[float]:
+    """Median seconds of a way to connect, to each target; in turns."""
     seconds: list[list[float]] = [[] for _ in targets]
     with netns.entered(client.ns):
         for _ in range(ROUNDS):
             for target, taken in zip(targets, seconds, strict=True):
-                with socket.socket() as sock:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
-                    started = time.perf_counter()
-                    sock.connect(target)
-                    taken.append(time.perf_counter() - started)
+                taken.append(way(target))
     return [statistics.median(taken) for taken in seconds]
+
+
+def connect(target: tuple[str, int]) -> float:
+    """Seconds that connect(2) takes."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
+        began = time.perf_counter()
+        sock.connect(target)
+        return time.perf_counter() - began
+
+
+def whole(target: tuple[str, int]) -> float:
+    """Seconds that a connection takes, with a question and an answer."""
+    began = time.perf_counter()
+    with socket.socket() as sock:
+        sock.connect(target)
+        sock.sendall(b"x\n")
+        sock.recv(64)
+    return time.perf_counter() - began
 
 
 def service(address: str, web: Pod, *, name: str = "web") -> ForwardedPort:
@@ -125,12 +153,12 @@ def other(number: int) -> ForwardedPort:
 def fill(
     node: Node, backend: NftablesBackend, ports: list[ForwardedPort], *, uid: str = "super", complete: bool = False
 ) -> None:
-    """Program ports on a node."""
+    """Program ports on a node, with the ServiceCIDRs that they are from."""
     with netns.entered(node.ns):
         if complete:
             sources = tuple(parse_prefix(cidr) for cidr in churn.CLUSTER_CIDR.split(","))
             backend.set_node(NodeState(node_addresses=(parse_address(node.ip4),), local_sources=sources))
-        backend.apply(TenantUpdate(uid, put=tuple(ports), complete=complete))
+        backend.apply(TenantUpdate(uid, put=tuple(ports), complete=complete, virtual_ranges=RANGES))
 
 
 def spread(node: Node, backend: NftablesBackend, tenants: int) -> None:
