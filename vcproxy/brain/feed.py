@@ -35,6 +35,7 @@ from vcproxy.brain.compiler import Kind as Compiled
 from vcproxy.brain.guard import Policy, Refusal, judge_virtual_ranges
 from vcproxy.brain.inbox import GONE, Batch, Inbox
 from vcproxy.brain.notices import CONFIRM_SECONDS, Notices
+from vcproxy.brain.overtaking import Overtaking
 from vcproxy.brain.ownership import Ownership, Rights
 from vcproxy.brain.ranges import Ranges
 from vcproxy.brain.restriction import restrict
@@ -57,8 +58,6 @@ SHORT_REST = 0.02
 """Seconds between two looks at whether a right has changed, of a tenant that is over its rate."""
 RELIST_SECONDS = 60.0
 """At most this often a list is asked for because a tenant at its limits has made room."""
-OVERTAKEN_SECONDS = 1.0
-"""How long a node may be ahead before a list is asked for: a watch that lags by less catches up alone."""
 LISTS_APART_SECONDS = 10.0
 """Between lists that are asked for because nodes are ahead."""
 
@@ -115,9 +114,14 @@ class Feed:
         self._aliases.changed = self._touch
         self._broken: dict[Kind, Broken] = {}
         self._ranges = Ranges()
-        self._ahead = asyncio.Event()  # a node is
         self._relist = False
-        self._caught_up_at = -LISTS_APART_SECONDS
+        self._overtaking = Overtaking(
+            chronicle=lambda: self._chronicle,
+            mark=self.mark,
+            announce=lambda: store.announce(tenant.uid),
+            relist=self._ask_for_lists,
+            apart=LISTS_APART_SECONDS,
+        )
         self._versions: Mapping[str, str] = {}  # of lists before the ones under way
         self._ground = ground
         self._grounded: Mark = UNMARKED
@@ -176,7 +180,7 @@ class Feed:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.source.run(self.take))
             group.create_task(self._compile())
-            group.create_task(self._catch_up())
+            group.create_task(self._overtaking.run())
             group.create_task(self._until_renewed())
 
     def take(self, kind: Kind, event: Event[Any]) -> None:
@@ -380,8 +384,8 @@ class Feed:
         if self._ground is not None and (beneath := {kind: at for kind, at in by.items() if kind not in KINDS}):
             self._ground.overtaken(beneath)
         own = {kind: at for kind, at in by.items() if kind in KINDS}
-        if own and self._chronicle.overtaken(own):
-            self._ahead.set()
+        if own:
+            self._overtaking.told(own)
 
     def _read_to(self) -> Mapping[str, str]:
         return {**self._versions, **self.source.versions}
@@ -392,21 +396,11 @@ class Feed:
         if self._chronicle.asked and not self._chronicle.behind(self._chronicle.mark):
             self._store.announce(self.tenant.uid)
 
-    async def _catch_up(self) -> NoReturn:
-        """Find out what is true when a node is ahead: by waiting, else by lists."""
-        while True:
-            await self._ahead.wait()
-            self._ahead.clear()
-            await asyncio.sleep(OVERTAKEN_SECONDS)
-            await asyncio.sleep(self._caught_up_at + LISTS_APART_SECONDS - time.monotonic())
-            if self._chronicle.behind(self.mark()):
-                self._caught_up_at = time.monotonic()
-                self._relist = True
-                self._arrived.set()
-                metrics.RELISTED.labels(self.tenant.uid).inc()
-                _log.warning("a node is ahead of this brain, all is listed again", tenant=self.tenant.uid)
-            else:
-                self._store.announce(self.tenant.uid)
+    def _ask_for_lists(self) -> None:
+        self._relist = True
+        self._arrived.set()
+        metrics.RELISTED.labels(self.tenant.uid).inc()
+        _log.warning("a node is ahead of this brain, all is listed again", tenant=self.tenant.uid)
 
     # --- facts --------------------------------------------------------------------------------------------------------
 

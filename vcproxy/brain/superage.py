@@ -5,20 +5,17 @@ mark for it, with a position for each collection that is followed (see vcproxy.m
 of it when a node is ahead: what lags is listed again, which is the truth.
 """
 
-import asyncio
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from vcproxy.brain.chronicle import Chronicle
 from vcproxy.brain.inputs import ApiInput
+from vcproxy.brain.overtaking import Overtaking
 from vcproxy.kube.reflector import Deleted, Event, Listed, Malformed, Upserted
 from vcproxy.model.mark import Mark, parse_version
 from vcproxy.model.tenant import SUPER_UID
 from vcproxy.ops import logs, metrics
 
-OVERTAKEN_SECONDS = 1.0
-"""How long a node may be ahead before lists are asked for: a watch that lags by less catches up alone."""
 LISTS_APART_SECONDS = 30.0
 """Between lists that are asked for because nodes are ahead: these may be large."""
 MOST_PLACES = 12
@@ -41,8 +38,13 @@ class SuperAge:
         self._inputs = inputs
         self._places: dict[str, None] = {}
         self._chronicle = Chronicle(kinds=self._places)
-        self._ahead = asyncio.Event()
-        self._caught_up_at = -LISTS_APART_SECONDS
+        self._overtaking = Overtaking(
+            chronicle=lambda: self._chronicle,
+            mark=self.mark,
+            announce=lambda: self.announce(),
+            relist=self._relist,
+            apart=LISTS_APART_SECONDS,
+        )
 
     def told(self, path: str, event: Event[Any], version: str) -> None:
         """An event of a collection was taken in; `version`: up to where that one is known now."""
@@ -67,25 +69,18 @@ class SuperAge:
 
     def overtaken(self, by: Mark) -> None:
         """A node was told something newer in these places."""
-        if self._chronicle.overtaken(by):
-            self._ahead.set()
+        self._overtaking.told(by)
 
     async def run(self) -> NoReturn:
-        """Find out what is true when a node is ahead: by waiting, else by lists."""
-        while True:
-            await self._ahead.wait()
-            self._ahead.clear()
-            await asyncio.sleep(OVERTAKEN_SECONDS)
-            await asyncio.sleep(self._caught_up_at + LISTS_APART_SECONDS - time.monotonic())
-            if not self._chronicle.behind(self.mark()):
-                self.announce()
-                continue
-            self._caught_up_at = time.monotonic()
-            self._chronicle.listing()
-            metrics.RELISTED.labels(SUPER_UID).inc()
-            _log.warning("a node is ahead of this brain in what it knows of the super cluster: all is listed again")
-            for found in list(self._inputs()):
-                found.relist()
+        """Find out what is true when a node is ahead."""
+        await self._overtaking.run()
+
+    def _relist(self) -> None:
+        self._chronicle.listing()
+        metrics.RELISTED.labels(SUPER_UID).inc()
+        _log.warning("a node is ahead of this brain in what it knows of the super cluster: all is listed again")
+        for found in list(self._inputs()):
+            found.relist()
 
     def _read_to(self) -> Mapping[str, str]:
         return {path: version for found in self._inputs() for path, version in found.places.items()}

@@ -12,7 +12,7 @@ import pytest
 
 from tests.fakes.apiserver import FakeApiServer
 from tests.unit.brain.polling import settle, until
-from vcproxy.brain import superage
+from vcproxy.brain import overtaking, superage
 from vcproxy.brain.config import SuperCluster
 from vcproxy.brain.superaccess import SuperAccess
 from vcproxy.brain.superage import MOST_PLACES, SuperAge
@@ -25,7 +25,7 @@ POD = {"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "default", "
 
 @pytest.fixture(autouse=True)
 def nobody_waits_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(superage, "OVERTAKEN_SECONDS", 0.02)
+    monkeypatch.setattr(overtaking, "OVERTAKEN_SECONDS", 0.02)
     monkeypatch.setattr(superage, "LISTS_APART_SECONDS", 0.05)
 
 
