@@ -6,9 +6,9 @@ while, and no other feed notices.
 
     input --events--> inbox --batch--> compiler --change--> store
 
-The loop is shared by all tenants, so a feed works in slices of a few milliseconds and then lets others run. A batch is
-read completely before anything of it is compiled, and compiled completely before the next one is taken: what the store
-sees are consistent steps, each service port as new as the batch.
+The loop is shared by all tenants, so a feed works in slices of a fraction of a millisecond and then lets others run. A
+batch is read completely before anything of it is compiled, and compiled completely before the next one is taken: what
+the store sees are consistent steps, each service port as new as the batch.
 
 Empty and unknown are different things. The tenant becomes `synced` in the store when Services and EndpointSlices have
 both been listed completely and compiled (and ServiceCIDRs, if the server has them). An API server that is away never
@@ -52,8 +52,10 @@ from vcproxy.model.timing import Timing
 from vcproxy.ops import logs, metrics
 from vcproxy.ops.stopping import heeded
 
-SLICE_SECONDS = 0.002
-"""How long a feed works before it lets other tasks run."""
+SLICE_SECONDS = 0.00025
+"""How long a feed works before it lets other tasks run: an event of another tenant waits for that some three times."""
+FIRST_SLICE_SECONDS = 0.002
+"""The same while a tenant is loaded, when there is much to do: with slices of 0.5 ms a start took 6 % longer."""
 SHORT_REST = 0.02
 """Seconds between two looks at whether a right has changed, of a tenant that is over its rate."""
 RELIST_SECONDS = 60.0
@@ -313,7 +315,7 @@ class Feed:
         self._arrived.set()
 
     async def _read(self, batch: Batch) -> None:
-        clock, compiler = _Slice(), self.compiler
+        clock, compiler = self._slice(), self.compiler
         for (kind, key), item in batch.items.items():
             if item == GONE:
                 compiler.delete(kind, key)
@@ -324,15 +326,18 @@ class Feed:
             if clock.spent():
                 self._settle_rights()
                 await asyncio.sleep(0)
-                clock = _Slice()
+                clock = self._slice()
         for kind in batch.listed:
             compiler.listed(kind)
+
+    def _slice(self) -> "_Slice":
+        return _Slice(SLICE_SECONDS if self._complete else FIRST_SLICE_SECONDS)
 
     async def _emit(self, timing: Timing) -> None:
         """Compile what the batch made dirty into the store."""
         uid, compiler, store = self.tenant.uid, self.compiler, self._store
         while compiler is self.compiler and compiler.ready and self._open and not compiler.clean:
-            change = compiler.flush(_Slice().spent)
+            change = compiler.flush(self._slice().spent)
             compiled = msgspec.structs.replace(timing, compiled=time.time_ns())
             if self._complete and compiler.clean and self._chronicle.rewritten:
                 self._chronicle.settled()  # the content that is about to be told is of the new history
@@ -426,8 +431,8 @@ class _Relist(Exception):
 class _Slice:
     """A share of the loop's time."""
 
-    def __init__(self) -> None:
-        self._end = time.perf_counter() + SLICE_SECONDS
+    def __init__(self, seconds: float) -> None:
+        self._end = time.perf_counter() + seconds
 
     def spent(self) -> bool:
         """True when others should run."""
