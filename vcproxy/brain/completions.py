@@ -33,9 +33,10 @@ def relieve(loop: asyncio.AbstractEventLoop) -> None:
 
 
 class _Drained:
-    """Calls `taken` with one octet left in `pair`: it takes that, and then empties the queue.
+    """Calls `taken`, which takes one octet of `pair` and empties the queue, and then takes the octets that were there.
 
-    In this order: an octet that comes later is of an operation that may have come too late for this time.
+    None of a later operation: that may have come too late for this time. And none if `taken` raises (an operation of a
+    loop that is closed): it has stopped half-way, and goes on where an octet is left.
     """
 
     def __init__(self, pair: socket.socket, taken: Callable[..., object]) -> None:
@@ -46,6 +47,6 @@ class _Drained:
             octets = len(self._pair.recv(_AT_ONCE, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
             return  # it would block in its own recv
+        self._taken()
         if octets > 1:
             self._pair.recv(octets - 1)
-        self._taken()

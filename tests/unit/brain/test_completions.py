@@ -1,6 +1,7 @@
 """grpc.aio's completions: all of them in one turn of the loop, with the real library on loopback."""
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,40 @@ def test_a_busy_loop_takes_all_completions_that_wait_in_one_turn(
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
         assert runner.run(main()) < STREAMS * MESSAGES / 2
+
+
+def test_where_the_queue_is_not_emptied_the_loop_is_woken_again() -> None:
+    """A completion of a loop that is closed raises, and the ones behind it must not wait for one that may never come."""
+    read, write = socket.socketpair()
+    fails = [True, False]
+
+    class PollerCompletionQueue:
+        def handle(self) -> None:
+            read.recv(1)
+            if fails.pop(0):
+                raise RuntimeError("Event loop is closed")
+
+    added: list[Any] = []
+
+    class Loop(asyncio.SelectorEventLoop):
+        def add_reader(self, fd: Any, callback: Any, *args: Any) -> None:
+            added.append(callback)
+
+    loop = Loop()
+    with read, write:
+        read.setblocking(False)
+        completions.relieve(loop)
+        added.clear()
+        loop.add_reader(read, PollerCompletionQueue().handle)
+        write.send(b"123")
+        with pytest.raises(RuntimeError):
+            added[0]()
+        assert read.recv(10, socket.MSG_PEEK) == b"23"
+        added[0]()
+        with pytest.raises(BlockingIOError):
+            read.recv(10)
+        added[0]()  # nothing there is no trouble
+    loop.close()
 
 
 def test_other_readers_are_left_alone() -> None:
