@@ -103,10 +103,9 @@ def _text(octets: bytes) -> str:
     return octets.rstrip(b"\0").decode()
 
 
-def extra(names: Collection[str], *, zoning: bool = False) -> Extra:
-    """Which of these chains were made on demand. A name that we would not give is not among them. `zoning`: whether
-    these chains are wanted in any case."""
-    found = Extra({4: [], 6: []}, {4: [], 6: []}, zoning or not set(names).isdisjoint(table.ZONING_CHAINS))
+def extra(names: Collection[str]) -> Extra:
+    """Which of these chains were made on demand. A name that we would not give is not among them."""
+    found = Extra({4: [], 6: []}, {4: [], 6: []}, any(name in names for name in table.ZONING_CHAINS))
     for name in sorted(names):
         if match := _BALANCE.fullmatch(name):
             number = size_class(int(match[2])) if 1 < int(match[2]) <= SIZES[-1] else 0

@@ -90,7 +90,7 @@ class Kernel:
         found = chains.read()
         self._chains = frozenset(found)
         facts = self.netlink.sets()
-        wanted = chains.extra(found, zoning=self._zones_packets(facts))
+        wanted = self._wanted(found, facts)
         return (
             found == chains.expected(wanted, _load)
             and facts.keys() == _SHAPES.keys()
@@ -98,9 +98,15 @@ class Kernel:
             and all(self._leads_to_all(family, wanted) for family in FAMILY)
         )
 
-    def _zones_packets(self, known: Collection[str]) -> bool:
-        """True if the table holds attachments: then the chains that look at them must not be missing."""
-        return any(len(self.netlink.dump(spec).keys) for spec in ATTACHMENT if spec.name in known)
+    def _wanted(self, found: Collection[str], known: Collection[str]) -> chains.Extra:
+        """The chains on demand that there should be, of those found and the maps known: those that there are, and where
+        the table holds attachments, those that look at them."""
+        extra = chains.extra(found)
+        if extra.zoning:
+            return extra
+        return extra._replace(
+            zoning=any(len(self.netlink.dump(spec).keys) for spec in ATTACHMENT if spec.name in known)
+        )
 
     def _leads_to_all(self, family: int, wanted: chains.Extra) -> bool:
         held = self.netlink.dump(FAMILY[family].balance)
@@ -119,7 +125,7 @@ class Kernel:
         """
         found = chains.read()
         known = self.netlink.sets().keys()
-        wanted = chains.extra(found, zoning=self._zones_packets(known))
+        wanted = self._wanted(found, known)
         emptied = "".join(f"flush map inet {table.TABLE} {specs.balance.name}\n" for specs in FAMILY.values())
         emptied = emptied if {specs.balance.name for specs in FAMILY.values()} <= known else ""
         try:

@@ -117,8 +117,9 @@ class Feed:
         self._broken: dict[Kind, Broken] = {}
         self._ranges = Ranges()
         self._relist = False
+        self._chronicle = Chronicle()
         self._overtaking = Overtaking(
-            chronicle=lambda: self._chronicle,
+            chronicle=self._chronicle,
             mark=self.mark,
             announce=lambda: store.announce(tenant.uid),
             relist=self._ask_for_lists,
@@ -127,10 +128,9 @@ class Feed:
         self._versions: Mapping[str, str] = {}  # of lists before the ones under way
         self._ground = ground
         self._grounded: Mark = UNMARKED
-        self._chronicle = Chronicle()
         self._begin()
         held = store.follow(tenant.uid, self)
-        self._chronicle = Chronicle({kind: at for kind, at in held.items() if kind in KINDS})
+        self._chronicle.mark = {kind: at for kind, at in held.items() if kind in KINDS}
 
     def _begin(self) -> None:
         """Empty hands: everything is listed and compiled anew. What the store holds stays until then."""

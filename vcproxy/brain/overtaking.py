@@ -15,14 +15,14 @@ OVERTAKEN_SECONDS = 1.0
 class Overtaking:
     """Finds out what is true when a node is ahead. `await run()` within a TaskGroup.
 
-    `chronicle`, `mark`: where the follower is, asked each time; `announce`: have the streams of nodes look again;
+    `chronicle`: the follower's; `mark`: where it is now; `announce`: have the streams of nodes look again;
     `relist`: begin to list everything; `apart`: seconds between two times that it is asked to.
     """
 
     def __init__(
         self,
         *,
-        chronicle: Callable[[], Chronicle],
+        chronicle: Chronicle,
         mark: Callable[[], Mark],
         announce: Callable[[], None],
         relist: Callable[[], None],
@@ -36,7 +36,7 @@ class Overtaking:
 
     def told(self, by: Mark) -> None:
         """A node holds what may be newer in these kinds."""
-        if self._chronicle().overtaken(by):
+        if self._chronicle.overtaken(by):
             self._ahead.set()
 
     async def run(self) -> NoReturn:
@@ -46,7 +46,7 @@ class Overtaking:
             self._ahead.clear()
             await asyncio.sleep(OVERTAKEN_SECONDS)
             await asyncio.sleep(self._listed_at + self._apart - time.monotonic())
-            if self._chronicle().behind(self._mark()):
+            if self._chronicle.behind(self._mark()):
                 self._listed_at = time.monotonic()
                 self._relist()
             else:

@@ -39,7 +39,7 @@ class SuperAge:
         self._places: dict[str, None] = {}
         self._chronicle = Chronicle(kinds=self._places)
         self._overtaking = Overtaking(
-            chronicle=lambda: self._chronicle,
+            chronicle=self._chronicle,
             mark=self.mark,
             announce=lambda: self.announce(),
             relist=self._relist,
