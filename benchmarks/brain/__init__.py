@@ -10,14 +10,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from rich.table import Table
 
 from benchmarks.brain.objects import READERS, Objects, tenant_name
-from benchmarks.brain.processes import Brain, Helper, Meter, Scene
+from benchmarks.brain.processes import Brain, Helper, Scene, cpu
 from benchmarks.results import quantile
 from vcproxy.kube.decode import ENDPOINT_SLICES, SERVICES, decode_list
 
@@ -185,65 +186,84 @@ def _by_second(rows: Sequence[Sequence[Any]], at: int) -> list[float]:
 
 
 def fan_out(scale: Scale, scene: Scene, servers: Helper, nodes: Helper) -> Table:
-    """One change told to all nodes, which all have all of ten tenants."""
+    """One change told to all nodes, which all have all of ten tenants; the floors in turns with it."""
     drawn = _table(
         f"one change told to {scale.nodes:,} nodes",
         ("", "connected", "median", "p99", "last", "CPU a stream"),
     )
-    tenants = min(10, scale.tenants)
     servers.ask("objects", scale.services, scale.endpoints)
-    octets = 0
-    with scene.brain(tenants, placed=False) as brain:
+    with ExitStack() as stack:
+        brain = stack.enter_context(scene.brain(min(10, scale.tenants), placed=False))
         brain.logged("loaded")
-        port = brain.logged("serving nodes")["port"]
-        for what, acknowledge in (("deltas written", 0), ("and acknowledged, as agents do", 1)):
-            connecting = time.monotonic()
-            nodes.ask("connect", port, scale.nodes, acknowledge)
-            connected = time.monotonic() - connecting
-            late, last, spent, meter = [], [], [], Meter(brain.process.pid)
-            for _ in range(scale.changes):
-                nodes.ask("forget")
-                meter.begin()
-                servers.ask("steady", 1, 0.9)
-                spent.append(meter.spent() / scale.nodes)
-                seen = nodes.ask("seen")
-                octets = seen["octets"]
-                took = [row[4] - row[1] for row in seen["deltas"]]
-                assert len(took) == scale.nodes
-                late.extend(took)
-                last.append(max(took))
-            _add_fan_out(drawn, what, f"{connected:.1f} s", late, last, spent)
+
+        def change() -> object:
+            return servers.ask("steady", 1, 0.9)
+
+        def connect(acknowledge: bool) -> str:
+            began = time.monotonic()
+            nodes.ask("connect", brain.logged("serving nodes")["port"], scale.nodes, int(acknowledge))
+            return f"{time.monotonic() - began:.1f} s"
+
+        connected = connect(acknowledge=False)
+        octets = _told(brain.process.pid, nodes, change).octets
+        arms = [("deltas written", connected, brain.process.pid, nodes, change)]
+        for how, what in (("grpc", "grpc.aio"), ("tls", "TLS connections")):
+            floor = stack.enter_context(Helper("floor", scene.directory, octets, how))
+            readers = stack.enter_context(Helper("nodes", scene.directory))
+            order = (
+                ("connect", floor.answer(), scale.nodes, 0)
+                if how == "grpc"
+                else ("raw", floor.answer(), scale.nodes, octets)
+            )
+            readers.ask(*order)
+            arms.append(
+                (f"floor: {what}, the same octets", "", floor.process.pid, readers, partial(floor.ask, "write"))
+            )
+        rounds = [[_told(pid, its, tell) for _, _, pid, its, tell in arms] for _ in range(scale.changes)]
+        for arm, told in zip(arms, zip(*rounds, strict=True), strict=True):
+            _add_fan_out(drawn, arm[0], arm[1], told, scale.nodes)
+        connected = connect(acknowledge=True)
+        told = [_told(brain.process.pid, nodes, change) for _ in range(scale.changes)]
+        _add_fan_out(drawn, "deltas acknowledged, too, as agents do", connected, told, scale.nodes)
         nodes.ask("connect", 0, 0, 0)
-    for what, how in (("floor: grpc.aio, the same octets", "grpc"), ("floor: TLS connections, the same octets", "tls")):
-        with Helper("floor", scene.directory, octets, how) as floor:
-            port = floor.answer()
-            nodes.ask(*(("connect", port, scale.nodes, 0) if how == "grpc" else ("raw", port, scale.nodes, octets)))
-            late, last, spent, meter = [], [], [], Meter(floor.process.pid)
-            for _ in range(scale.changes):
-                nodes.ask("forget")
-                meter.begin()
-                written = floor.ask("write")
-                time.sleep(0.9)
-                spent.append(meter.spent() / scale.nodes)
-                took = [row[4] - written for row in nodes.ask("seen")["deltas"]]
-                assert len(took) == scale.nodes
-                late.extend(took)
-                last.append(max(took))
-            nodes.ask("connect", 0, 0, 0)
-        _add_fan_out(drawn, what, "", late, last, spent)
     return drawn
 
 
-def _add_fan_out(
-    drawn: Table, what: str, connected: str, late: Sequence[float], last: Sequence[float], spent: Sequence[float]
-) -> None:
+class _Told(NamedTuple):
+    """One change: how late each node had it, in seconds; processor time that it took; and octets of the message."""
+
+    late: list[float]
+    spent: float
+    octets: int
+
+
+def _told(pid: int, nodes: Helper, tell: Callable[[], object]) -> _Told:
+    """Of the processor time, what the second before took is left out: pings, timers, watches that are silent."""
+
+    def spent(do: Callable[[], object]) -> float:
+        began, before = time.monotonic(), cpu(pid)
+        do()
+        time.sleep(max(0.0, began + 1 - time.monotonic()))
+        return cpu(pid) - before
+
+    idle = spent(lambda: None)
+    nodes.ask("forget")
+    began = time.time()
+    taken = spent(tell)
+    seen = nodes.ask("seen")
+    return _Told([row[4] - (row[1] or began) for row in seen["deltas"]], taken - idle, seen["octets"])
+
+
+def _add_fan_out(drawn: Table, what: str, connected: str, told: Sequence[_Told], nodes: int) -> None:
+    assert all(len(one.late) == nodes for one in told), "a node was not told"
+    late = [each for one in told for each in one.late]
     drawn.add_row(
         what,
         connected,
         f"{statistics.median(late) * 1e3:.1f} ms",
-        f"{quantile(list(late), 0.99) * 1e3:.1f} ms",
-        f"{statistics.median(last) * 1e3:.1f} ms",
-        f"{statistics.median(spent) * 1e6:.0f} us",
+        f"{quantile(late, 0.99) * 1e3:.1f} ms",
+        f"{statistics.median(max(one.late) for one in told) * 1e3:.1f} ms",
+        f"{statistics.median(one.spent for one in told) / nodes * 1e6:.0f} us",
     )
 
 

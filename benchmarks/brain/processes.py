@@ -165,24 +165,6 @@ class Brain:
         raise RuntimeError(f"the brain did not say {event!r}:\n{self._log.read_text()[-4000:]}")
 
 
-class Meter:
-    """Processor time of a process beyond what it takes when nothing happens, which is measured first."""
-
-    def __init__(self, pid: int) -> None:
-        self._pid, self._idle = pid, 0.0
-        self.begin()
-        time.sleep(3)
-        self._idle = self.spent() / 3
-
-    def begin(self) -> None:
-        """From here."""
-        self._cpu, self._at = cpu(self._pid), time.monotonic()
-
-    def spent(self) -> float:
-        """Seconds since `begin`."""
-        return cpu(self._pid) - self._cpu - self._idle * (time.monotonic() - self._at)
-
-
 def cpu(pid: int) -> float:
     """Seconds of processor time of a process, to the nanosecond (clock_getcpuclockid(3))."""
     return time.clock_gettime(~pid << 3 | 2)

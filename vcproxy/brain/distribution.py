@@ -53,7 +53,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     `snapshots`: nodes that are sent snapshots at a time; `lease`: how long a node that does not read keeps its turn.
     `streams_per_node`: an agent that is being replaced and its successor overlap; of more, the oldest is ended.
-    `keepalive`: between pings of a silent peer; `keepalive_timeout`: until one without an answer is given up.
+    `keepalive`: between pings of a silent peer; `keepalive_timeout`: until one without an answer is given up. Agents
+    ping three times as often: to ping a thousand nodes every 10 s as well took 4 % of a core.
     `message_octets`: of one message from a node: a Hello with ten thousand tenants fits.
     """
 
@@ -61,7 +62,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     lease: float = 5.0
     streams_per_node: int = 4
     hello_timeout: float = 10.0
-    keepalive: float = 10.0
+    keepalive: float = 30.0
     keepalive_timeout: float = 10.0
     message_octets: int = 1 << 20
 
@@ -117,7 +118,7 @@ class Distributor:
         greeting = await self._greeting(requests, node)
         if greeting is None:
             return
-        event = asyncio.Event()
+        bell = _Bell()
         stream = Stream(
             greeting,
             peer=peer,
@@ -126,13 +127,13 @@ class Distributor:
             store=self._store,
             placement=self._placement,
             admission=self._admission,
-            wake=event.set,
+            wake=bell.ring,
         )
         connection = _Connection(stream)
         self._open(connection)
         try:
             async with asyncio.TaskGroup() as group:
-                writer = group.create_task(_write(stream, event, write))
+                writer = group.create_task(_write(stream, bell, write))
                 evicted = group.create_task(connection.evicted())
                 await _read(stream, requests)
                 writer.cancel()
@@ -187,12 +188,32 @@ class _Connection:
         raise Refused("ABORTED", f"node {self.stream.node} opened newer streams")
 
 
-async def _write(stream: Stream, event: asyncio.Event, write: Write) -> None:
+class _Bell:
+    """An asyncio.Event for one waiter, at half the price: a thousand streams wait for the same change.
+
+    What rings while nobody waits is forgotten: wait only after a look that found nothing.
+    """
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    def ring(self) -> None:
+        """Wake who waits."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def rung(self) -> asyncio.Future[None]:
+        """Done once it rings."""
+        self._waiter = waiter = asyncio.get_running_loop().create_future()
+        return waiter
+
+
+async def _write(stream: Stream, bell: _Bell, write: Write) -> None:
     while True:
         messages = stream.next_messages()
         if not messages:
-            event.clear()
-            await event.wait()
+            await bell.rung()
             continue
         await write(encoding.encode_together([message.data for message in messages]))
         for message in messages:

@@ -177,9 +177,15 @@ class Stream:
             del self._dirty[uid]
             message = self._about_tenant(uid)
             if message is not None:
-                self._dirty[uid] = None  # there may be more: at the end of the round
+                if not self._settled(uid):
+                    self._dirty[uid] = None  # there may be more: at the end of the round
                 return message
         return None
+
+    def _settled(self, uid: str) -> bool:
+        """Nothing more is to be said of a tenant that something was just said of."""
+        told, stored = self._told.get(uid), self._store.tenants().get(uid)
+        return told is not None and stored is not None and told.settled(stored)
 
     def _behind_node(self) -> str | None:
         """Why nothing is said of the node itself: it was told something newer than what this brain knows for sure."""

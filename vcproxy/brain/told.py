@@ -44,6 +44,16 @@ class Told:
         self.ticket: Ticket | None = None
         self.progress = Progress(clock)
 
+    def settled(self, stored: Stored) -> bool:
+        """It was told all that there is of the tenant now. Ask only after a message about it."""
+        return (
+            self.digest == stored.model.digest
+            and self.snapshot is None
+            and self.synced
+            and self.stale == (stored.stale_since, stored.stale_reason)
+            and not self.behind
+        )
+
     def forget_snapshot(self) -> None:
         """The one that is being sent is of no use any more."""
         self.snapshot, self.part = None, 0

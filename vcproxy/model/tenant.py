@@ -83,6 +83,7 @@ class TenantModel:
     def __init__(self, ports: Iterable[ServicePort] = ()) -> None:
         self._ports: dict[PortKey, ServicePort] = {}
         self._sum = 0
+        self._digest: bytes | None = EMPTY_DIGEST  # None: to be made
         for port in ports:
             self.put(port)
 
@@ -104,7 +105,9 @@ class TenantModel:
     @property
     def digest(self) -> bytes:
         """32 octets; equal for equal contents, on any brain and any node. All zeros when empty."""
-        return self._sum.to_bytes(DIGEST_OCTETS, "big")
+        if self._digest is None:
+            self._digest = self._sum.to_bytes(DIGEST_OCTETS, "big")
+        return self._digest
 
     def put(self, port: ServicePort) -> Operation | None:
         """Set a service port. Returns the smallest operation that tells the change, None if nothing changed."""
@@ -112,6 +115,7 @@ class TenantModel:
         if old == port:
             return None
         self._sum = (self._sum + port_hash(port) - (port_hash(old) if old else 0)) % _MODULUS
+        self._digest = None
         self._ports[port.key] = port
         return difference(old, port)
 
@@ -121,6 +125,7 @@ class TenantModel:
         if old is None:
             return None
         self._sum = (self._sum - port_hash(old)) % _MODULUS
+        self._digest = None
         return RemovePort(key)
 
     def apply(self, operations: Iterable[Operation]) -> set[PortKey]:

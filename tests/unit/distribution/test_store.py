@@ -33,7 +33,9 @@ def synced(*held: ServicePort) -> Store:
 class Follower:
     """A node joined to a brain without a network: the brain's stream and the node's receiver, hand to hand."""
 
-    def __init__(self, store: Store, holdings: Holdings, *, batches: bool = False) -> None:
+    def __init__(
+        self, store: Store, holdings: Holdings, *, batches: bool = False, admission: Admission | None = None
+    ) -> None:
         known = {uid: held.model.digest for uid, held in holdings.tenants.items()}
         self.stream = Stream(
             Greeting("n", "", known, features=frozenset({features.BATCH} if batches else ())),
@@ -41,7 +43,7 @@ class Follower:
             version="",
             store=store,
             placement=Placed({"n": ["acme-1", "beta-1"]}),
-            admission=Admission(slots=1, lease=60),
+            admission=admission or Admission(slots=1, lease=60),
             wake=lambda: None,
         )
         store.subscribe(self.stream.mark)
@@ -144,6 +146,22 @@ async def test_one_go_is_bounded() -> None:
     while messages := stream.next_messages():
         size = sum(len(message.data) for message in messages)
         assert size - len(messages[-1].data) < BATCH_OCTETS
+
+
+async def test_a_snapshot_of_what_is_no_more_is_ended_before_the_next_and_its_slot_given_back() -> None:
+    small, large = [service_port("web", 1)], [service_port(f"web-{n}", *range(400), number=n) for n in range(100)]
+    store, holdings, admission = synced(*small), Holdings(), Admission(slots=1, lease=60)
+    follower = Follower(store, holdings, admission=admission)
+    follower.take()
+    store.replace("acme-1", large)
+    follower.take(1)
+    assert follower.kinds[-1] == "snapshot"
+    store.replace("acme-1", small)  # what the node holds, while it is half-way to what it does not
+    follower.take()
+    assert holdings.tenants["acme-1"].model.digest == store.tenants()["acme-1"].model.digest
+    newcomer = Follower(store, Holdings(), admission=admission)
+    newcomer.take()
+    assert "snapshot" in newcomer.kinds
 
 
 async def test_a_batch_within_a_batch_makes_no_sense() -> None:

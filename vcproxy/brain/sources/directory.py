@@ -105,8 +105,9 @@ class DirectorySource:
 
         while True:
             try:
-                # 10 ms of quiet, at most 200: a file is read when its writer pauses, and often but once.
-                changes = watchfiles.awatch(self._path, watch_filter=None, step=10, debounce=200, rust_timeout=60_000)
+                # 50 ms of quiet, at most 200: a file is read when its writer pauses, and often but once. A thread asks
+                # for the interpreter at each such step, for as long as the folder is watched: not too often.
+                changes = watchfiles.awatch(self._path, watch_filter=None, step=50, debounce=200, rust_timeout=60_000)
                 self._watch_problem = ()
                 async for _ in changes:
                     self._changed.set()
