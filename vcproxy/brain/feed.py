@@ -22,20 +22,19 @@ then is everything listed anew. What is granted comes with the next list. Nothin
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import msgspec
 
-from vcproxy.brain.chronicle import KINDS, Chronicle
 from vcproxy.brain.compiler import Compiler, Key
 from vcproxy.brain.compiler import Kind as Compiled
+from vcproxy.brain.feedage import FeedAge
 from vcproxy.brain.guard import Policy, Refusal, judge_virtual_ranges
 from vcproxy.brain.inbox import GONE, Batch, Inbox
 from vcproxy.brain.notices import CONFIRM_SECONDS, Notices
-from vcproxy.brain.overtaking import Overtaking
 from vcproxy.brain.ownership import Ownership, Rights
 from vcproxy.brain.ranges import Ranges
 from vcproxy.brain.restriction import restrict
@@ -46,7 +45,6 @@ from vcproxy.kube.backoff import Backoff
 from vcproxy.kube.budget import Budget
 from vcproxy.kube.errors import ShapeError
 from vcproxy.kube.reflector import Broken, Event, Listed, Recovered
-from vcproxy.model.mark import UNMARKED, Mark
 from vcproxy.model.tenant import Tenant
 from vcproxy.model.timing import Timing
 from vcproxy.ops import logs, metrics
@@ -60,8 +58,6 @@ SHORT_REST = 0.02
 """Seconds between two looks at whether a right has changed, of a tenant that is over its rate."""
 RELIST_SECONDS = 60.0
 """At most this often a list is asked for because a tenant at its limits has made room."""
-LISTS_APART_SECONDS = 10.0
-"""Between lists that are asked for because nodes are ahead."""
 
 _log = logs.get("feed")
 
@@ -73,8 +69,7 @@ class Feed:
     coalesce for longer. `aliases`: further virtual addresses of its Services. `observe`: gets every event too, after
     the feed took it (placement reads slices there). `noticed`: gets each new refusal, counted already. `ownership`:
     says which endpoint addresses are whose; None: any may be anybody's. `rules_known`: until then nothing is compiled;
-    call `look` when it turned true. `ground`: how new all of that is what content is compiled by, besides the tenant's
-    own objects; None: there is no such thing.
+    call `look` when it turned true. `ground`: how new what content is compiled by is (see feedage).
     """
 
     def __init__(
@@ -117,20 +112,16 @@ class Feed:
         self._broken: dict[Kind, Broken] = {}
         self._ranges = Ranges()
         self._relist = False
-        self._chronicle = Chronicle()
-        self._overtaking = Overtaking(
-            chronicle=self._chronicle,
-            mark=self.mark,
+        self._begin()
+        self.age = FeedAge(
+            source,
+            self,
+            held=store.tenants()[tenant.uid].mark,
+            ground=ground,
             announce=lambda: store.announce(tenant.uid),
             relist=self._ask_for_lists,
-            apart=LISTS_APART_SECONDS,
         )
-        self._versions: Mapping[str, str] = {}  # of lists before the ones under way
-        self._ground = ground
-        self._grounded: Mark = UNMARKED
-        self._begin()
-        held = store.follow(tenant.uid, self)
-        self._chronicle.mark = {kind: at for kind, at in held.items() if kind in KINDS}
+        store.follow(tenant.uid, self.age)
 
     def _begin(self) -> None:
         """Empty hands: everything is listed and compiled anew. What the store holds stays until then."""
@@ -146,7 +137,6 @@ class Feed:
         self._complete = False
         self._ranges_known = False
         self._broken.clear()
-        self._chronicle.abandoned()
         self._set_ranges()
 
     async def run(self) -> NoReturn:
@@ -178,11 +168,11 @@ class Feed:
 
     async def _follow(self) -> None:
         self._relist = False
-        self._chronicle.listing()
+        self.age.listing()
         async with asyncio.TaskGroup() as group:
             group.create_task(self.source.run(self.take))
             group.create_task(self._compile())
-            group.create_task(self._overtaking.run())
+            group.create_task(self.age.run())
             group.create_task(self._until_renewed())
 
     def take(self, kind: Kind, event: Event[Any]) -> None:
@@ -231,7 +221,7 @@ class Feed:
     async def _until_renewed(self) -> NoReturn:
         await self._renewal.wait()
         self._renewal.clear()
-        self._versions = self._read_to()
+        self.age.ended()
         raise _Relist
 
     @property
@@ -280,7 +270,7 @@ class Feed:
             self._settle_rights()
             changed = await self._take_batch()
             if self._relist or (self.compiler.starved and time.monotonic() - relisted > RELIST_SECONDS):
-                self._versions = self._read_to()
+                self.age.ended()
                 raise _Relist
             if self._budget is not None and (wait := self._budget.spend(changed, time.monotonic())):
                 await self._rest(wait)
@@ -293,7 +283,7 @@ class Feed:
         """
         batch = self._batch = self._inbox.drain()
         touched = {kind for kind, _ in batch.items}
-        self._chronicle.taken(self._read_to(), touched=touched, listed=batch.listed)
+        self.age.taken(touched=touched, listed=batch.listed)
         await self._read(batch)
         await self._emit(batch.timing)
         self._batch = None
@@ -339,8 +329,8 @@ class Feed:
         while compiler is self.compiler and compiler.ready and self._open and not compiler.clean:
             change = compiler.flush(self._slice().spent)
             compiled = msgspec.structs.replace(timing, compiled=time.time_ns())
-            if self._complete and compiler.clean and self._chronicle.rewritten:
-                self._chronicle.settled()  # the content that is about to be told is of the new history
+            if self._complete and compiler.clean:
+                self.age.telling()
             if store.update(uid, change.put, change.removed, compiled) is not None:
                 metrics.COMPILE.observe(max(0, compiled.compiled - compiled.received) / 1e9)
             if not compiler.clean:
@@ -351,10 +341,10 @@ class Feed:
             emitted = compiler.emitted()
             gone = [key for key in store.tenants()[uid].model.ports if key not in emitted]
             store.update(uid, (), gone, timing)
-            self._settle()
+            self.age.settle()
             store.set_synced(uid)
         elif self._complete:
-            self._settle()
+            self.age.settle()
 
     def _touch(self, keys: Iterable[Key]) -> None:
         self.compiler.touch(keys)
@@ -368,38 +358,20 @@ class Feed:
 
     # --- age ----------------------------------------------------------------------------------------------------------
 
-    def mark(self) -> Mark:
-        """How new what the store holds is."""
-        waiting = self._inbox or self._batch is not None or not self._complete
-        own = self._chronicle.mark if waiting else self._chronicle.at(self._read_to())
-        self._stand()
-        return {**self._grounded, **own}
+    @property
+    def loading(self) -> bool:
+        """Content is a former run's, or nothing."""
+        return not self._complete
 
-    def _stand(self) -> None:
-        """Unless something of the ground waits to be compiled, content is as new as that. Of a former run's content
-        nobody knows: it lacks what was taken away since, and perhaps what was granted.
-        """
-        if self._ground is None or not self._complete:
-            self._grounded = UNMARKED
-        elif self.compiler.clean and not self._doubtful:
-            self._grounded = self._ground.mark()
+    @property
+    def waiting(self) -> bool:
+        """Something that was read is not compiled."""
+        return bool(self._inbox) or self._batch is not None
 
-    def overtaken(self, by: Mark) -> None:
-        """A node holds content that may be newer in these kinds."""
-        if self._ground is not None and (beneath := {kind: at for kind, at in by.items() if kind not in KINDS}):
-            self._ground.overtaken(beneath)
-        own = {kind: at for kind, at in by.items() if kind in KINDS}
-        if own:
-            self._overtaking.told(own)
-
-    def _read_to(self) -> Mapping[str, str]:
-        return {**self._versions, **self.source.versions}
-
-    def _settle(self) -> None:
-        self._chronicle.settled()
-        self._stand()
-        if self._chronicle.asked and not self._chronicle.behind(self._chronicle.mark):
-            self._store.announce(self.tenant.uid)
+    @property
+    def judging(self) -> bool:
+        """Something is to be compiled, or judged anew."""
+        return not self.compiler.clean or bool(self._doubtful)
 
     def _ask_for_lists(self) -> None:
         self._relist = True

@@ -264,12 +264,10 @@ class Store:
         removed = [key for key in self._get(uid).model.ports if key not in wanted]
         return self.update(uid, wanted.values(), removed, timing)
 
-    def follow(self, uid: str, follower: Follower) -> Mark:
-        """`follower` keeps the tenant up to date from now on. Returns how new the content is. Raises UnknownTenant."""
+    def follow(self, uid: str, follower: Follower) -> None:
+        """`follower` keeps the tenant up to date from now on, and says how new the content is. Raises UnknownTenant."""
         stored = self._get(uid)
-        mark = stored.mark
-        stored.follow(follower, mark)
-        return mark
+        stored.follow(follower, stored.mark)
 
     def announce(self, uid: str) -> None:
         """Have everybody look at the tenant again, though its content may be the same."""

@@ -635,7 +635,7 @@ async def test_content_is_as_new_as_what_it_was_compiled_by() -> None:
     hand, ground = Hand(), Ground()
     hand.versions = {"Service": "50", "EndpointSlice": "50"}
     async with fed(hand, ground=ground) as (store, feed):
-        assert PODS.path not in feed.mark(), "of what was there before nobody knows"
+        assert PODS.path not in feed.age.mark(), "of what was there before nobody knows"
         await begin(hand, (service(),), (endpoint_slice(["10.0.0.1"]),))
         assert held(store).mark == {"Service": Position(50, 50), "EndpointSlice": Position(50, 50), **ground.at}
         before = dict(ground.at)
@@ -645,7 +645,7 @@ async def test_content_is_as_new_as_what_it_was_compiled_by() -> None:
         await settle()
         assert held(store).mark[PODS.path] == Position(9, 9)
         feed.set_policy(msgspec.structs.replace(UNRESTRICTED, own_pods_only=True))
-        assert PODS.path not in feed.mark(), "what new rules grant is not there yet"
+        assert PODS.path not in feed.age.mark(), "what new rules grant is not there yet"
 
 
 async def test_who_lags_in_what_it_compiles_by_does_not_list_the_tenant() -> None:
@@ -653,9 +653,9 @@ async def test_who_lags_in_what_it_compiles_by_does_not_list_the_tenant() -> Non
     async with fed(hand, ground=ground) as (_, feed):
         await begin(hand)
         ahead = {PODS.path: Position(70, 70)}
-        feed.overtaken(ahead)
+        feed.age.overtaken(ahead)
         assert ground.ahead == [ahead]
-        assert not feed._chronicle.asked
-        feed.overtaken({**ahead, "Service": Position(3, 3)})
+        assert not feed.age._chronicle.asked
+        feed.age.overtaken({**ahead, "Service": Position(3, 3)})
         assert ground.ahead == [ahead, ahead]
-        assert feed._chronicle.asked
+        assert feed.age._chronicle.asked
