@@ -16,6 +16,7 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from vcproxy.brain.policies import Policies
 from vcproxy.brain.sharding import Sharding
 from vcproxy.brain.sources import Problem, catalogue
 from vcproxy.brain.sources.attribution import Owners
-from vcproxy.brain.store import Store
+from vcproxy.brain.store import Store, Stored
 from vcproxy.brain.superaccess import SuperAccess
 from vcproxy.brain.supercluster import SuperClusterFeed
 from vcproxy.brain.tenants import Tenants
@@ -90,6 +91,8 @@ class Brain:
             self._access.age.announce = self._caught_up
         self._vouched = Vouched()
         self._owners = Owners(catalogue.spoken_for(config.tenants.sources))
+        for state in ("synced", "restored", "not-synced"):
+            metrics.TENANTS.labels(state).set_function(partial(self._count, state))
         self._memory = (
             Memory(Path(config.state_directory), self.store, policy_of=self._policy_of, rights_of=self._rights_of)
             if config.state_directory
@@ -294,11 +297,10 @@ class Brain:
             if self._litter and not self._loading:
                 self._litter = False
                 garbage.sweep()
-            held = self.store.tenants().values()
-            synced = sum(1 for stored in held if stored.synced and not stored.restored)
-            metrics.TENANTS.labels("synced").set(synced)
-            metrics.TENANTS.labels("restored").set(sum(1 for stored in held if stored.restored))
-            metrics.TENANTS.labels("not-synced").set(sum(1 for stored in held if not stored.synced))
+
+    def _count(self, state: str) -> float:
+        """For the metric, when and in the thread that it is rendered."""
+        return sum(_state(stored) == state for stored in list(self.store.tenants().values()))
 
     def _measure(self, uid: str) -> None:
         stored = self.store.tenants().get(uid)
@@ -331,3 +333,9 @@ class Brain:
                     f'metricsAddress {address}: cannot be served on: {error}: choose another, or "" for none'
                 ) from error
             yield
+
+
+def _state(stored: Stored) -> str:
+    if stored.restored:
+        return "restored"
+    return "synced" if stored.synced else "not-synced"

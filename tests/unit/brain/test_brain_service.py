@@ -28,7 +28,7 @@ from vcproxy.node.config import BrainAddress
 from vcproxy.node.dialling import Dialler
 from vcproxy.node.holdings import FactsChanged, Holdings, PlacementChanged, TenantsComplete
 from vcproxy.node.session import Session
-from vcproxy.ops import admin, pki
+from vcproxy.ops import admin, metrics, pki
 from vcproxy.ops.configfile import ConfigError
 
 POD: dict[str, Any] = {
@@ -280,10 +280,17 @@ async def test_a_tenant_whose_access_turned_bad_has_what_it_had_before_the_resta
             assert row.restored
             assert {key.service for key in row.model.ports} == {"web"}
             assert row.stale_since
+            assert counted() == {"restored": 1, "synced": 0, "not-synced": 0}
             publish(api, "late")
             write(tmp_path / "tenants" / "acme.kubeconfig", api.kubeconfig().decode())
             await until(lambda: {key.service for key in row.model.ports} == {"late", "web"} and not row.restored)
             assert row.stale_since is None
+            assert counted() == {"restored": 0, "synced": 1, "not-synced": 0}
+
+
+def counted() -> dict[str, float]:
+    """Tenants by state, as the metric has it."""
+    return {state: metrics.value("vcproxy_tenants", {"state": state}) for state in ("restored", "synced", "not-synced")}
 
 
 async def test_the_super_cluster_for_its_pods_alone(tmp_path: Path, super_api: FakeApiServer) -> None:
