@@ -210,12 +210,8 @@ def fan_out(scale: Scale, scene: Scene, servers: Helper, nodes: Helper) -> Table
         for how, what in (("grpc", "grpc.aio"), ("tls", "TLS connections")):
             floor = stack.enter_context(Helper("floor", scene.directory, octets, how))
             readers = stack.enter_context(Helper("nodes", scene.directory))
-            order = (
-                ("connect", floor.answer(), scale.nodes, 0)
-                if how == "grpc"
-                else ("raw", floor.answer(), scale.nodes, octets)
-            )
-            readers.ask(*order)
+            port = floor.answer()
+            readers.ask(*(("connect", port, scale.nodes, 0) if how == "grpc" else ("raw", port, scale.nodes, octets)))
             arms.append(
                 (f"floor: {what}, the same octets", "", floor.process.pid, readers, partial(floor.ask, "write"))
             )
@@ -238,20 +234,22 @@ class _Told(NamedTuple):
 
 
 def _told(pid: int, nodes: Helper, tell: Callable[[], object]) -> _Told:
-    """Of the processor time, what the second before took is left out: pings, timers, watches that are silent."""
+    """Of the processor time, what the second before took is left out: pings, timers, watches that are silent.
 
-    def spent(do: Callable[[], object]) -> float:
+    `tell` answers when it was told, unless the message says so itself.
+    """
+
+    def spent(do: Callable[[], object]) -> tuple[float, Any]:
         began, before = time.monotonic(), cpu(pid)
-        do()
+        answer = do()
         time.sleep(max(0.0, began + 1 - time.monotonic()))
-        return cpu(pid) - before
+        return cpu(pid) - before, answer
 
-    idle = spent(lambda: None)
+    idle, _ = spent(lambda: None)
     nodes.ask("forget")
-    began = time.time()
-    taken = spent(tell)
+    taken, at = spent(tell)
     seen = nodes.ask("seen")
-    return _Told([row[4] - (row[1] or began) for row in seen["deltas"]], taken - idle, seen["octets"])
+    return _Told([row[4] - (row[1] or at) for row in seen["deltas"]], taken - idle, seen["octets"])
 
 
 def _add_fan_out(drawn: Table, what: str, connected: str, told: Sequence[_Told], nodes: int) -> None:

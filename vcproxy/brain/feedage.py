@@ -1,7 +1,7 @@
 """How new it is what the store holds of one tenant: of its own objects (see chronicle), and of what they are judged by.
 
-Content follows the mark, never the other way round: while something that was read waits to be compiled, the mark stays
-at what was compiled before it.
+The mark follows the content, never the other way round: while something that was read waits to be compiled, it stays
+at what was compiled before.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -51,7 +51,7 @@ class FeedAge:
         announce: Callable[[], None],
         relist: Callable[[], None],
     ) -> None:
-        self._source, self._work, self._ground, self._announce = source, work, ground, announce
+        self._source, self._work, self._ground = source, work, ground
         self._chronicle = Chronicle({kind: at for kind, at in held.items() if kind in KINDS})
         self._overtaking = Overtaking(
             chronicle=self._chronicle, mark=self.mark, announce=announce, relist=relist, apart=LISTS_APART_SECONDS
@@ -99,8 +99,7 @@ class FeedAge:
         """All that was taken is in the store."""
         self._chronicle.settled()
         self._stand()
-        if self._chronicle.asked and not self._chronicle.behind(self._chronicle.mark):
-            self._announce()
+        self._overtaking.reached(self._chronicle.mark)
 
     def _stand(self) -> None:
         """Unless something of the ground waits to be compiled, content is as new as that. Of a former run's content

@@ -39,6 +39,11 @@ class Overtaking:
         if self._chronicle.overtaken(by):
             self._ahead.set()
 
+    def reached(self, mark: Mark) -> None:
+        """The follower is there now: say so, if no node is ahead any more and one was."""
+        if self._chronicle.asked and not self._chronicle.behind(mark):
+            self._announce()
+
     async def run(self) -> NoReturn:
         """For ever."""
         while True:

@@ -60,8 +60,8 @@ class SuperAge:
             self._places[path] = None
         self._chronicle.taken({path: version}, touched=(path,), listed=(path,) if listed else ())
         self._chronicle.settled()
-        if listed and self._chronicle.asked and not self._chronicle.behind(self.mark()):
-            self.announce()
+        if listed:
+            self._overtaking.reached(self.mark())
 
     def mark(self) -> Mark:
         """Where this brain is."""
